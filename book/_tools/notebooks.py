@@ -1,0 +1,235 @@
+"""Write the committed notebooks, check their form, and rerun a chapter.
+
+    notebooks.py build [NAME ...]           execute and normalise notebooks of the book
+    notebooks.py build --check [NAME ...]   only say which are not in normal form
+    notebooks.py chapter NAME --profile P --params "seeds=3 dataset=digits"
+
+This is the one writer of committed notebooks, so that running it twice gives the same
+file and a difference in git is a difference in content.
+"""
+
+import argparse
+import ast
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
+SCRATCH = ROOT / "_build" / "chapters"
+
+# Each kernel start logs that it talks to this machine's own ports unencrypted.
+QUIET = ["--IPKernelApp.log_level=ERROR"]
+
+
+class NotebookError(Exception):
+    """Something about a notebook that its author must mend; one sentence."""
+
+
+def find(names: Sequence[str] = ()) -> list[Path]:
+    """Return the notebooks of the book called `names`, or all of them.
+
+    A name is the file's name, with or without folder and ending. Raises NotebookError
+    for an unknown one.
+    """
+    known = {path.stem: path for path in sorted(BOOK.glob("*.ipynb"))}
+    stems = [Path(name).name.removesuffix(".ipynb") for name in names]
+    for stem in stems:
+        if stem not in known:
+            choices = ", ".join(known) or "none yet"
+            raise NotebookError(f"no chapter {stem}: the book has {choices}.")
+    return [known[stem] for stem in stems] if names else list(known.values())
+
+
+def normalise(notebook: NotebookNode) -> NotebookNode:
+    """Return a copy without anything that differs between machines or runs.
+
+    Cell ids count the cells, streams of one kind are joined, and metadata that tools
+    leave behind goes; what an author sets (tags, `mystnb`) stays.
+    """
+    clean = nbformat.from_dict(notebook)
+    clean.nbformat, clean.nbformat_minor = 4, 5
+    clean.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {
+                "display_name": "Python 3",
+                "language": "python",
+                "name": "python3",
+            },
+            "language_info": {"name": "python"},
+        }
+    )
+    executed = 0
+    for place, cell in enumerate(clean.cells):
+        cell.id = f"cell-{place:02d}"
+        cell.source = cell.source.strip("\n")
+        for key in (
+            "collapsed",
+            "execution",
+            "jp-MarkdownHeadingCollapsed",
+            "papermill",
+        ):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if cell.cell_type != "code":
+            continue
+        executed += 1
+        if cell.execution_count is not None:
+            cell.execution_count = executed
+        cell.outputs = _join_streams(cell.outputs)
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = executed
+    return clean
+
+
+def _join_streams(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """Join neighbouring stream outputs: where they break is a matter of timing."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and output.output_type == last.output_type == "stream"
+            and output.name == last.name
+        ):
+            last.text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
+def as_text(notebook: NotebookNode) -> str:
+    """Return the one text form in which a notebook is committed."""
+    return nbformat.writes(normalise(notebook), version=4, indent=1) + "\n"
+
+
+def is_normal(path: Path) -> bool:
+    """Say whether the file is exactly what `build` would write for its content."""
+    text = path.read_text(encoding="utf-8")
+    return text == as_text(nbformat.reads(text, as_version=4))
+
+
+def build(path: Path) -> None:
+    """Execute a notebook in its folder and write it back in normal form.
+
+    Raises NotebookError, and leaves the file alone, if a cell fails or writes to
+    stderr.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        extra_arguments=QUIET,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        timeout=None,
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise NotebookError(f"{path.name} is unchanged: {error}") from None
+    for place, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                raise NotebookError(
+                    f"{path.name} is unchanged: cell {place} wrote to stderr: "
+                    + output.text.strip()
+                )
+    path.write_text(as_text(notebook), encoding="utf-8")
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """Read ``name=value`` words; values are Python literals, otherwise strings.
+
+    Raises NotebookError for a word that is not of this form.
+    """
+    parameters: dict[str, Any] = {}
+    for word in shlex.split(text):
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise NotebookError(f"{word!r} is not a parameter: write name=value.")
+        try:
+            parameters[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            parameters[name] = value
+    return parameters
+
+
+def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
+    """Rerun one chapter with papermill and return where the result is.
+
+    Papermill lets unknown names pass with a warning, so they are refused here. Raises
+    NotebookError for these and for a chapter that fails.
+    """
+    import papermill
+
+    [path] = find([name])
+    known = papermill.inspect_notebook(path)
+    parameters = {"profile": profile, **parameters}
+    for each in parameters:
+        if each not in known:
+            raise NotebookError(
+                f"{path.stem} has no parameter {each}: it has {', '.join(known)}."
+            )
+    output = SCRATCH / f"{path.stem}-{parameters['profile']}.ipynb"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            path,
+            output,
+            parameters,
+            cwd=path.parent,
+            extra_arguments=QUIET,
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty(),
+        )
+    except papermill.PapermillExecutionError as error:
+        raise NotebookError(
+            f"{path.stem} failed: {error.ename}: {error.evalue}"
+        ) from None
+    return output
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    builder = commands.add_parser("build", help="execute and normalise notebooks")
+    builder.add_argument("names", nargs="*", help="chapters; all if none is given")
+    builder.add_argument("--check", action="store_true", help="only check their form")
+    runner = commands.add_parser("chapter", help="rerun one chapter with papermill")
+    runner.add_argument("name", help="the chapter, for example 02-loss-guard")
+    runner.add_argument("--profile", default="smoke", help="smoke, laptop or paper")
+    runner.add_argument("--params", default="", help='"name=value ..."')
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "chapter":
+            parameters = parse_parameters(given.params)
+            print(run_chapter(given.name, given.profile, parameters))
+            return 0
+        bad = []
+        for path in find(given.names):
+            if not given.check:
+                build(path)
+                print(path.relative_to(ROOT))
+            elif not is_normal(path):
+                bad.append(path)
+                print(f"{path.relative_to(ROOT)} is not in normal form: rebuild it.")
+        return 1 if bad else 0
+    except NotebookError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Command line: ``python -m l2olib list | run | claims | data``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm import tqdm
+
+from . import claims, data, experiments
+from .data import DataError
+from .experiments import ExperimentError, Run, hours
+from .records import Record, RecordError
+from .train import Unfinished
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; bad input is one sentence on stderr and exit status 2."""
+    args = parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (DataError, ExperimentError, RecordError) as error:
+        print(f"l2olib: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("l2olib: interrupted; the last checkpoint is kept", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m l2olib", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command("list", list_, "the experiments: state, cost and runs of each")
+    sub.add_argument("pattern", nargs="?", default="*", help="experiment id or glob")
+    sub.add_argument("--profile", choices=experiments.PROFILES, default="laptop")
+    sub.add_argument("--runs", action="store_true", help="one line a run")
+
+    sub = command("run", run, "compute missing records; resumes where it was stopped")
+    sub.add_argument("pattern", help="experiment id or glob, e.g. 'lgl2o.*'")
+    sub.add_argument("--profile", choices=experiments.PROFILES, default="laptop")
+    sub.add_argument("--only", default="*", help="glob over run names")
+    sub.add_argument("--time-limit", type=duration, help="stop cleanly after, e.g. 8m")
+    sub.add_argument(
+        "--device", type=device, default="cpu", help="cpu (default), cuda or cuda:1"
+    )
+    sub.add_argument("--compile", action="store_true", help="use torch.compile")
+    sub.add_argument("--redo", action="store_true", help="recompute existing records")
+
+    sub = command("claims", claims_, "the ledger of claims, judged from the records")
+    sub.add_argument("pattern", nargs="?", default="*", help="claim id or glob")
+
+    sub = command("data", data_, "fetch and verify data sets into data/raw")
+    sub.add_argument("names", nargs="*", help="data sets (default: all)")
+    return top
+
+
+def duration(text: str) -> float:
+    """Seconds from ``90``, ``90s``, ``8m`` or ``2h``."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:], 0.0)
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no duration: write 90s, 8m or 2h"
+        )
+    return seconds
+
+
+def device(text: str) -> str:
+    """A device that is here: ``cpu``, ``cuda`` or ``cuda:1``."""
+    here = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    here += [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    if text not in here:
+        raise argparse.ArgumentTypeError(
+            f"there is no device {text!r}: choose from {', '.join(here)}"
+        )
+    return text
+
+
+def list_(args: argparse.Namespace) -> int:
+    """Show state and cost of each experiment (or run) at one profile."""
+    for entry in experiments.find(args.pattern):
+        if args.profile not in entry.profiles:
+            continue
+        runs = entry.runs(args.profile)
+        states = [run.state() for run in runs]
+        cost = hours(sum(run.work.seconds() for run in runs))
+        done = sum(state == "done" for state in states)
+        print(f"{entry.id:24} {done:3}/{len(runs):<3} done  {cost:>9}  {entry.title}")
+        if args.runs:
+            for run_, state in zip(runs, states, strict=True):
+                print(f"    {run_.name:32} {state:24} {hours(run_.work.seconds())}")
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Execute the runs that have no current record, within the time limit."""
+    began = time.monotonic()
+    todo: list[Run] = [
+        run
+        for entry in experiments.find(args.pattern)
+        if args.profile in entry.profiles
+        for run in entry.runs(args.profile)
+        if experiments.fnmatch.fnmatch(run.name, args.only)
+    ]
+    if not todo:
+        raise ExperimentError(
+            f"no run matches {args.only!r}: see python -m l2olib list --runs"
+        )
+    for item in todo:
+        left = None
+        if args.time_limit is not None:
+            left = args.time_limit - (time.monotonic() - began)
+            if left <= 0:
+                print("time limit reached; run the same command again to go on")
+                return 0
+        if not args.redo:
+            state = item.state()
+            if state == "damaged":
+                item.load()  # raises: it is not for us to overwrite it unasked
+            if state == "done":
+                continue
+        print(f"{item.experiment} {item.name} ({item.profile})", flush=True)
+        try:
+            record = execute(item, args, left)
+        except Unfinished as stop:
+            print(f"{stop}; run the same command again to go on")
+            return 0
+        record.save(item.path)
+        item.checkpoint.unlink(missing_ok=True)
+        print(f"    {record.digest[:12]}  {record.provenance['seconds']} s", flush=True)
+    return 0
+
+
+def execute(item: Run, args: argparse.Namespace, left: float | None) -> Record:
+    """Execute one run with a progress bar (silent where there is no terminal)."""
+    with tqdm(disable=None, unit="step") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return item.execute(
+            device=args.device, compile=args.compile, time_limit=left, report=report
+        )
+
+
+def claims_(args: argparse.Namespace) -> int:
+    """Print the verdict of every claim whose id matches."""
+    for verdict in claims.report(args.pattern):
+        print(f"{verdict.claim.id:4} {verdict.verdict:18} {verdict.claim.statement}")
+        for test, outcome in verdict.findings:
+            text = outcome if isinstance(outcome, str) else outcome.measured
+            mark = "?" if isinstance(outcome, str) else "✓" if outcome.passed else "✗"
+            print(f"       {mark} {test}: {text}")
+    return 0
+
+
+def data_(args: argparse.Namespace) -> int:
+    """Fetch data sets and say where they are."""
+    folder = data.fetch(args.names)
+    print(f"data sets are in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,637 @@
+"""The ledger of claims: what a paper says, the test of it, the verdict from records.
+
+A test is a small declarative object; its hash enters the provenance of every record
+it reads, so a test written or changed after its record shows as *post hoc*. Nobody
+types a verdict: :func:`judge` computes it. Words ("diverges", "not worse", ...) are
+defined by the project's protocol and repeated on the classes below.
+
+Curves are what :func:`l2olib.experiments.curves` makes of an experiment's records:
+a dict from a method's name to arrays whose first axis is the seed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import records
+from .train import BURN_IN
+
+Arrays = Mapping[str, Tensor]
+Curves = Mapping[str, Arrays]
+Window = tuple[int, int]
+
+ALPHA = 0.05
+PAIRS = 5
+"""Fewer pairs cannot reach ``ALPHA`` in an exact one-sided sign-flip test."""
+
+
+class NotTestable(Exception):
+    """The records cannot decide this test; the message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one test found: pass or fail, its p-value where it has one, and the facts.
+
+    ``detectable``: the smallest effect (in the metric's units) that this many pairs
+    with this spread would show with probability 0.8.
+    """
+
+    passed: bool
+    p: float | None
+    measured: str
+    detectable: float | None = None
+
+
+# ---- statistics ----------------------------------------------------------------------
+
+
+def sign_flip(differences: Tensor) -> float:
+    """Exact one-sided p-value that the mean of paired differences ``[R]`` is below 0.
+
+    The share of the 2^R sign patterns whose mean is at most the observed one (Fisher's
+    randomization test); above 16 pairs, of 100,000 patterns drawn with a fixed seed,
+    the observed one counted. Raises ValueError for a difference that is not finite.
+    """
+    d = differences.double()
+    if not d.isfinite().all():  # comparisons with NaN are False: p would be 0
+        raise ValueError("paired differences must be finite")
+    if len(d) <= 16:
+        signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=len(d))))
+        extra = 0
+    else:
+        gen = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (100_000, len(d)), generator=gen) * 2.0 - 1
+        extra = 1
+    sums = signs.double() @ d
+    slack = 1e-12 * d.abs().sum()
+    return (int((sums <= d.sum() + slack).sum()) + extra) / (len(sums) + extra)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of p-values, in the given order."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, p_values[i] * (len(p_values) - rank)))
+        adjusted[i] = worst
+    return adjusted
+
+
+def detectable(differences: Tensor) -> float:
+    """Effect that a one-sided test at 0.05 finds with probability 0.8 (normal)."""
+    return float(2.486 * differences.double().std() / len(differences) ** 0.5)
+
+
+# ---- reading curves ------------------------------------------------------------------
+
+
+def window_mean(arrays: Arrays, window: Window) -> Tensor:
+    """Mean mini-batch training loss ``[R]`` over the steps ``a < k <= b``.
+
+    Exact up to the snapping of a and b to the record's log-spaced points.
+    """
+    steps = arrays["steps"]
+    a, b = window
+    if int(steps[-1]) < b:
+        raise NotTestable(f"the records end at step {int(steps[-1])}, before {b}")
+    starts = torch.cat([steps.new_zeros(1), steps[:-1]])
+    low = int((starts - a).abs().argmin())
+    high = max(int((steps - b).abs().argmin()), low)
+    width = (steps - starts)[low : high + 1].double()
+    values = arrays["bin_mean"][:, low : high + 1].double()
+    return (values * width).sum(1) / width.sum()
+
+
+def divergence(arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """Which seeds diverge (bool ``[R]``) and from which step on (``[R]``, 0 if not).
+
+    Diverges: a loss is not finite, or the smoothed loss at the end is at least 1.5 x
+    its own earlier minimum and above the smoothed loss at 10% of the horizon (protocol,
+    section 2), where earlier means since losses are smoothed. The time is the first
+    point from which on it stays at 1.5 x its running minimum, or is not finite.
+    """
+    steps, smooth = arrays["steps"], arrays["smooth"].double()
+    settled = steps >= BURN_IN
+    if not settled.any():
+        raise NotTestable(f"the records end before step {BURN_IN}")
+    bad = ~arrays["bin_mean"].isfinite().int().cummin(1).values.bool()
+    clean = torch.where(bad | ~settled, torch.inf, smooth)
+    lowest = clean.cummin(1).values
+    first = int(settled.int().argmax())
+    tenth = clean[:, max(int((steps <= steps[-1] // 10).sum()) - 1, first)]
+    end = clean[:, -1]
+    diverged = bad[:, -1] | ((end >= 1.5 * lowest[:, -1]) & (end > tenth))
+    high = bad | (settled & (clean >= 1.5 * lowest))
+    stays = high.int().flip(1).cummin(1).values.flip(1)
+    onset = torch.where(stays.any(1), steps[stays.argmax(1)], steps[-1])
+    return diverged, torch.where(diverged, onset, torch.zeros_like(onset))
+
+
+def _method(curves: Curves, name: str) -> Arrays:
+    if name not in curves:
+        raise NotTestable(f"there is no record of {name}")
+    return curves[name]
+
+
+def _enough(n: int) -> None:
+    if n < PAIRS:
+        raise NotTestable(f"{n} seeds are fewer than {PAIRS}")
+
+
+# ---- tests ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lower:
+    """``method`` has a lower mean training loss than ``reference`` over a window.
+
+    By more than ``by`` nats (``by > 0`` claims a clear lead); paired by seed, exact
+    one-sided sign-flip test. A non-finite loss counts as infinitely high.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    window: Window
+    by: float = 0.0
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a = window_mean(_method(curves, self.method), self.window)
+        b = window_mean(_method(curves, self.reference), self.window)
+        return _paired(a, b, -self.by)
+
+    def __str__(self) -> str:
+        lead = f" by more than {self.by:g} nat" if self.by else ""
+        return f"{self.method} below {self.reference}{lead}, {_steps(self.window)}"
+
+
+@dataclass(frozen=True)
+class NotWorse:
+    """``method`` is not worse than ``reference`` over a window, within a margin.
+
+    The margin is 0.02 nat of mean training loss, or 5% of the reference's where that is
+    below 0.1 (protocol, section 2). Paired by seed, one-sided sign-flip test.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    window: Window
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a = window_mean(_method(curves, self.method), self.window)
+        b = window_mean(_method(curves, self.reference), self.window)
+        margin = torch.where(b < 0.1, 0.05 * b, torch.full_like(b, 0.02))
+        return _paired(a, b, torch.where(b.isfinite(), margin, 0.0))
+
+    def __str__(self) -> str:
+        return f"{self.method} not worse than {self.reference}, {_steps(self.window)}"
+
+
+def _clipped(losses: Tensor, high: float = 1e3) -> Tensor:
+    """Let a loss that is not finite count as ``high``, worse than any that is."""
+    return torch.nan_to_num(losses, high, high, high).clamp(max=high)
+
+
+def _paired(a: Tensor, b: Tensor, margin: float | Tensor) -> Outcome:
+    """Test mean(a - b - margin) < 0 over seeds."""
+    _enough(len(a))
+    a, b = _clipped(a), _clipped(b)
+    gap = a - b
+    p = sign_flip(gap - margin)
+    text = f"{a.mean():.3g} against {b.mean():.3g} nat, p = {p:.2g}, {len(a)} seeds"
+    return Outcome(p < ALPHA, p, text, detectable(gap))
+
+
+@dataclass(frozen=True)
+class Diverges:
+    """``method`` diverges (or not) in at least four fifths of the seeds.
+
+    With ``between``, the median time of divergence must lie in that range of steps.
+    """
+
+    experiment: str
+    method: str
+    expected: bool = True
+    between: Window | None = None
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        diverged, onset = divergence(arrays)
+        _enough(len(diverged))
+        horizon = int(arrays["steps"][-1])
+        if self.between is not None and horizon < self.between[1]:
+            raise NotTestable(f"the records end at step {horizon}")
+        share = diverged.double().mean().item()
+        text = f"{int(diverged.sum())} of {len(diverged)} seeds diverge in {horizon:,}"
+        passed = share >= 0.8 if self.expected else share <= 0.2
+        if diverged.any():
+            median = onset[diverged].double().median().item()
+            text += f" steps, median from step {median:,.0f}"
+            if self.between is not None:
+                passed &= self.between[0] <= median <= self.between[1]
+        else:
+            text += " steps"
+        return Outcome(passed, None, text)
+
+    def __str__(self) -> str:
+        when = f", from a step in {_range(self.between)}" if self.between else ""
+        return (
+            f"{self.method} {'diverges' if self.expected else 'does not diverge'}{when}"
+        )
+
+
+@dataclass(frozen=True)
+class Later:
+    """``method`` has a lower mean training loss over ``window`` than ``earlier``."""
+
+    experiment: str
+    method: str
+    window: Window
+    earlier: Window
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        late, early = (window_mean(arrays, w) for w in (self.window, self.earlier))
+        return _paired(late, early, 0.0)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method} lower in {_steps(self.window)} than {_steps(self.earlier)}"
+        )
+
+
+@dataclass(frozen=True)
+class Switching:
+    """The guard's choice drifts from the proposal to the fallback, but not for good.
+
+    Share of decisions won by the proposal: lower in the last tenth of the run than in
+    the first (paired, one-sided), and above zero in the last tenth in at least four
+    fifths of the seeds.
+    """
+
+    experiment: str
+    method: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        use = _method(curves, self.method)["use_l2o"].double()
+        _enough(len(use))
+        tenth = max(1, use.shape[1] // 10)
+        early, late = use[:, :tenth].mean(1), use[:, -tenth:].mean(1)
+        p, alive = sign_flip(late - early), (late > 0).double().mean().item()
+        text = f"share {early.mean():.3g}, then {late.mean():.3g}, p = {p:.2g}"
+        return Outcome(p < ALPHA and alive >= 0.8, p, text, detectable(late - early))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method}: proposals win less often late than early, but still some"
+        )
+
+
+@dataclass(frozen=True)
+class Learns:
+    """After meta-training, 100 steps bring the loss to (or not to) ``share`` of chance.
+
+    The last mini-batch loss with the selected meta-parameters, mean over seeds of one
+    given meta-training; chance is ln(classes). One-sided sign-flip test over seeds.
+    """
+
+    experiment: str
+    zeta: str
+    data: str
+    classes: int
+    expected: bool = True
+    share: float = 0.75
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, f"{self.zeta}/{self.data}")
+        last = _clipped(arrays["selected.last"].double())
+        _enough(len(last))
+        bar = self.share * math.log(self.classes)
+        gap = last - bar if self.expected else bar - last
+        p = sign_flip(gap)
+        text = (
+            f"loss {last.mean():.3g} nat, bar {bar:.3g}, p = {p:.2g}, {len(last)} seeds"
+        )
+        return Outcome(p < ALPHA, p, text, detectable(gap))
+
+    def __str__(self) -> str:
+        verb = "learns" if self.expected else "does not learn"
+        return (
+            f"the L2O {verb} {self.data} (loss {self.share:.0%} of chance in 100 steps)"
+        )
+
+
+@dataclass(frozen=True)
+class Cheaper:
+    """One inner step of ``method`` costs less than one of ``reference``.
+
+    ``quantity``: ``flops`` (matrix work, by formula), ``depth`` (passes that must
+    follow one another) or ``seconds`` (measured, same machine).
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    quantity: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (
+            float(_method(curves, name)[self.quantity].double().mean())
+            for name in (self.method, self.reference)
+        )
+        return Outcome(a < b, None, f"ratio {a / b:.3g}")
+
+    def __str__(self) -> str:
+        return (
+            f"a step of {self.method} costs less {self.quantity} than {self.reference}"
+        )
+
+
+@dataclass(frozen=True)
+class FewerHyperparameters:
+    """``method`` has fewer numbers of its own to choose than ``reference``.
+
+    Counted by :func:`l2olib.experiments.hyperparameters`: the guard's own numbers and
+    rules. What both need besides (step size, schedule, weights) is not counted.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (
+            int(_method(curves, name)["hyperparameters"][0])
+            for name in (self.method, self.reference)
+        )
+        return Outcome(a < b, None, f"{a} against {b}")
+
+    def __str__(self) -> str:
+        return f"{self.method} has fewer hyperparameters than {self.reference}"
+
+
+def _range(window: Window) -> str:
+    return f"{window[0]:,}–{window[1]:,}"
+
+
+def _steps(window: Window) -> str:
+    return f"steps {_range(window)}"
+
+
+# ---- claims and verdicts -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the ledger. All its tests must pass for "reproduced"."""
+
+    id: str
+    chapter: str
+    source: str
+    statement: str
+    tests: tuple[Any, ...]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """For each experiment it reads: the hash of the tests that read it."""
+        read: dict[str, list[Any]] = {}
+        for test in self.tests:
+            read.setdefault(test.experiment, []).append(records.spec(test))
+        return {name: records.digest(tests)[:12] for name, tests in read.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judged row: the verdict, and for each test its outcome or why there is none."""
+
+    claim: Claim
+    verdict: str
+    findings: tuple[tuple[Any, Outcome | str], ...]
+    p: float | None
+    post_hoc: bool
+
+
+def judge(
+    claims: Iterable[Claim], load: Callable[[str], tuple[Curves, Mapping[str, str]]]
+) -> list[Verdict]:
+    """Judge the rows of ONE chapter's ledger (Holm's adjustment runs over them).
+
+    ``load(experiment)`` gives its curves and the test hashes known when its records
+    were made; it raises :class:`NotTestable` where there are no records. A row's
+    p-value is the largest of its tests (all must hold).
+    """
+    claims = list(claims)
+    found: list[list[tuple[Any, Outcome | str]]] = []
+    late: list[bool] = []
+    for claim in claims:
+        row: list[tuple[Any, Outcome | str]] = []
+        changed = False
+        for test in claim.tests:
+            try:
+                curves, known = load(test.experiment)
+                row.append((test, test(curves)))
+                changed |= known.get(claim.id) != claim.hashes[test.experiment]
+            except NotTestable as why:
+                row.append((test, str(why)))
+        found.append(row)
+        late.append(changed)
+    ps = [
+        max((o.p for _, o in row if isinstance(o, Outcome) and o.p is not None),
+            default=None)
+        for row in found
+    ]  # fmt: skip
+    tested = [i for i, p in enumerate(ps) if p is not None]
+    adjusted = dict(zip(tested, holm([ps[i] or 0.0 for i in tested]), strict=True))
+    return [
+        Verdict(claim, _verdict(row, adjusted.get(i)), tuple(row), adjusted.get(i), new)
+        for i, (claim, row, new) in enumerate(zip(claims, found, late, strict=True))
+    ]
+
+
+def _verdict(row: Sequence[tuple[Any, Outcome | str]], p: float | None) -> str:
+    outcomes = [o for _, o in row if isinstance(o, Outcome)]
+    if not outcomes:
+        return "not testable yet"
+    passed = sum(o.passed for o in outcomes)
+    if passed == 0:
+        return "not reproduced"
+    if passed == len(row) and (p is None or p < ALPHA):
+        return "reproduced"
+    return "partly"
+
+
+def hashes_for(experiment: str) -> dict[str, str]:
+    """The tests that read ``experiment``, by claim: what its records remember."""
+    return {c.id: c.hashes[experiment] for c in LEDGER if experiment in c.hashes}
+
+
+def report(pattern: str = "*") -> list[Verdict]:
+    """Judge all claims whose id matches, chapter by chapter, from committed records."""
+    from . import experiments
+
+    chosen = [c for c in LEDGER if fnmatch.fnmatch(c.id, pattern)]
+    if not chosen:
+        raise experiments.ExperimentError(
+            f"there is no claim {pattern!r}: choose from "
+            + ", ".join(c.id for c in LEDGER)
+        )
+    verdicts = []
+    for chapter in dict.fromkeys(c.chapter for c in chosen):
+        rows = [c for c in LEDGER if c.chapter == chapter]
+        verdicts += [v for v in judge(rows, experiments.evidence) if v.claim in chosen]
+    return verdicts
+
+
+def markdown(verdicts: Iterable[Verdict]) -> str:
+    """The ledger as a Markdown table: claim, verdict, and the tests with outcomes."""
+    lines = ["| claim | the paper says | verdict | tests and what they found |",
+             "|---|---|---|---|"]  # fmt: skip
+    for v in verdicts:
+        cells, waiting = [], Counter(o for _, o in v.findings if isinstance(o, str))
+        for test, outcome in v.findings:
+            if isinstance(outcome, Outcome):
+                mark = "✓" if outcome.passed else "✗"
+                cells.append(f"{mark} {test}: {outcome.measured}")
+        for why, count in waiting.items():
+            cells.append(f"· {count} test{'s' * (count > 1)} not testable: {why}")
+        verdict = f"**{v.verdict}**"
+        if v.p is not None:
+            verdict += f"<br>Holm p = {v.p:.2g}"
+        if v.post_hoc:
+            verdict += "<br>*post hoc*"
+        source = f"{v.claim.statement} ({v.claim.source})"
+        lines.append(f"| {v.claim.id} | {source} | {verdict} | {'<br>'.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ---- the ledger ----------------------------------------------------------------------
+
+_GUARD = "02-loss-guard"
+_LEARN = "01-learning-to-optimize"
+_ZETA = "lgl2o-lstm-0"
+_EARLY, _MIDDLE, _LATE, _LONG = (
+    (0, 100),
+    (100, 1_000),
+    (1_000, 10_000),
+    (50_000, 100_000),
+)
+
+
+def _both_parts(figure: str, *windows: Window) -> tuple[NotWorse, ...]:
+    return tuple(
+        NotWorse(figure, "LGL2O", part, window)
+        for window in windows
+        for part in ("L2O", "SGD")
+    )
+
+
+LEDGER: tuple[Claim, ...] = (
+    Claim(
+        "B1",
+        _LEARN,
+        "LGL2O Fig. 2",
+        "Meta-trained on MNIST, the L2O also learns Fashion-MNIST, Moons and Circles; "
+        "the small MLP lacks capacity on Spirals and CIFAR-10",
+        (
+            Learns("lgl2o.fig2", _ZETA, "mnist", 10),
+            Learns("lgl2o.fig2", _ZETA, "fashion-mnist", 10),
+            Learns("lgl2o.fig2", _ZETA, "moons", 2),
+            Learns("lgl2o.fig2", _ZETA, "circles", 2),
+            Learns("lgl2o.fig2", _ZETA, "spirals", 2, expected=False),
+            Learns("lgl2o.fig2", _ZETA, "cifar10", 10, expected=False),
+        ),
+    ),
+    Claim(
+        "B2",
+        _GUARD,
+        "LGL2O Fig. 3",
+        "L2O is fastest early and starts diverging after about 1,000 steps; LGL2O is "
+        "as good as or better than both its parts at all times; use_l2o drifts towards "
+        "the fallback but not for good",
+        (
+            Lower("lgl2o.fig3", "L2O", "SGD", _EARLY),
+            Lower("lgl2o.fig3", "L2O", "SGD+momentum", _EARLY),
+            Lower("lgl2o.fig3", "L2O", "Adam", _EARLY),
+            Diverges("lgl2o.fig3", "L2O", between=(300, 3_000)),
+            *_both_parts("lgl2o.fig3", _EARLY, _MIDDLE, _LATE),
+            Switching("lgl2o.fig3", "LGL2O"),
+        ),
+    ),
+    Claim(
+        "B3",
+        _GUARD,
+        "LGL2O Fig. 3",
+        "GL2O does not diverge; over steps 0 to 100 it is better than SGD without "
+        "momentum and much worse than L2O",
+        (
+            Diverges("lgl2o.fig3", "GL2O", expected=False),
+            Lower("lgl2o.fig3", "GL2O", "SGD", _EARLY),
+            Lower("lgl2o.fig3", "L2O", "GL2O", _EARLY, by=0.1),
+        ),
+    ),
+    Claim(
+        "B12",
+        _GUARD,
+        "LGL2O, conclusion",
+        "At all times and in all cases LGL2O is as good as or better than its "
+        "constituents",
+        (
+            *_both_parts("lgl2o.fig3", _EARLY, _MIDDLE, _LATE),
+            *_both_parts("lgl2o.fig4", _EARLY, _MIDDLE, _LATE, _LONG),
+            *_both_parts("lgl2o.fig5", _EARLY, _MIDDLE, _LATE, _LONG),
+            *_both_parts("lgl2o.fig6", _EARLY, _MIDDLE, _LATE),
+            *_both_parts("lgl2o.fig7", _EARLY, _MIDDLE, _LATE),
+            *_both_parts("lgl2o.fig8", _EARLY, _MIDDLE),
+        ),
+    ),
+    Claim(
+        "B13",
+        _GUARD,
+        "LGL2O, introduction and conclusion",
+        "Successful optimization up to millions of steps",
+        (
+            Diverges("lgl2o.million", "LGL2O", expected=False),
+            Later("lgl2o.million", "LGL2O", (900_000, 1_000_000), (9_000, 10_000)),
+        ),
+    ),
+    Claim(
+        "B14",
+        _GUARD,
+        "LGL2O, section 3",
+        "LGL2O has fewer hyperparameters than GL2O",
+        (FewerHyperparameters("lgl2o.fig3", "LGL2O", "GL2O"),),
+    ),
+    Claim(
+        "B15",
+        _GUARD,
+        "LGL2O, section 3",
+        "LGL2O is computationally less expensive than GL2O",
+        (
+            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "flops"),
+            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "depth"),
+            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "seconds"),
+        ),
+    ),
+    Claim(
+        "B16",
+        _GUARD,
+        "LGL2O, section 4",
+        "The phase in which the loss rises first is necessary for the L2O to work: "
+        "with a decision after every step it is vetoed",
+        (
+            Lower("lgl2o.interval", "LGL2O n_t=10", "LGL2O n_t=1", _EARLY),
+            NotWorse("lgl2o.interval", "SGD", "LGL2O n_t=1", _EARLY),
+        ),
+    ),
+)

@@ -1,0 +1,540 @@
+"""The table of experiments: figure id x profile -> everything that determines a result.
+
+An experiment is a list of :class:`Run`; a run is what is executed, checkpointed,
+resumed, timed and stored, as one record. What differs between the profiles ``smoke``,
+``laptop`` and ``paper`` is data in this table, never an ``if`` in an algorithm. A run's
+``work`` is a frozen dataclass (:class:`~l2olib.train.Training`,
+:class:`~l2olib.metatrain.truncated.MetaTraining`, ...) that names its whole
+configuration and makes the job that computes it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import claims, records
+from .data import find_root, load
+from .guards import LGL2O, Memory
+from .learned.lstm import LSTMOptimizer
+from .metatrain.truncated import LearningCurve, MetaTraining
+from .optimizees import MLP
+from .optimizers import SGD, Adam, PowerDecay, constant
+from .records import Record, RecordError
+from .train import Alone, Training, drive, repeatable
+
+PROFILES = ("smoke", "laptop", "paper")
+
+
+class ExperimentError(Exception):
+    """A request that cannot be met; the message says what is allowed."""
+
+
+# ---- runs ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One computation of an experiment: its name, its work, and its record's place."""
+
+    experiment: str
+    version: int
+    profile: str
+    name: str
+    work: Any
+
+    @property
+    def label(self) -> str:
+        """What the run shows (a method, a data set, ...): its name less the group."""
+        return self.name.rpartition("/")[0] or self.name
+
+    @property
+    def path(self) -> Path:
+        """Where the record lies: meta-trained weights have a folder of their own."""
+        data = find_root() / "data"
+        if isinstance(self.work, MetaTraining) and self.profile != "smoke":
+            return data / "optimizers" / f"{self.name}.safetensors"
+        return (
+            data
+            / "records"
+            / self.profile
+            / self.experiment
+            / f"{self.name}.safetensors"
+        )
+
+    @property
+    def checkpoint(self) -> Path:
+        return find_root() / "data" / "scratch" / self.profile / self.experiment / (
+            f"{self.name}.checkpoint"
+        )  # fmt: skip
+
+    @cached_property
+    def trained(self) -> dict[str, Record]:
+        """The meta-training records whose weights the work needs, by role."""
+        names = getattr(self.work, "weights", {})
+        return {role: load_weights(name) for role, name in names.items()}
+
+    @cached_property
+    def resolved(self) -> Any:
+        """The work with the content digests of its weights filled in."""
+        if not self.trained:
+            return self.work
+        digests = {role: r.digest for role, r in self.trained.items()}
+        return replace(self.work, digests=digests)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The JSON that determines the result and enters the content digest."""
+        return {
+            "experiment": self.experiment,
+            "version": self.version,
+            "seeds": list(self.work.seeds),
+            "work": records.spec(self.resolved),
+        }
+
+    def load(self) -> Record:
+        """Read the committed record; RecordError if absent, damaged or stale."""
+        return Record.load(self.path, self.config)
+
+    def state(self) -> str:
+        """``done``, ``stale`` (another configuration), ``missing`` or ``needs ...``."""
+        try:
+            config = self.config
+        except RecordError:
+            return "needs " + ", ".join(sorted(set(self.work.weights.values())))
+        if not self.path.exists():
+            return "missing"
+        try:
+            Record.load(self.path, config)
+        except RecordError as error:
+            return "stale" if "another configuration" in str(error) else "damaged"
+        return "done"
+
+    def execute(
+        self,
+        *,
+        device: str = "cpu",
+        compile: bool = False,
+        checkpoint: bool = True,
+        save_every: float = 60.0,
+        time_limit: float | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ) -> Record:
+        """Compute the record (resuming a checkpoint); it is not saved.
+
+        Raises :class:`l2olib.train.Unfinished` at ``time_limit`` seconds.
+        """
+        repeatable()
+        records.commit(), records.source_digest()  # of what runs, not of what is edited
+        metas = {k: weights_of(r, self.work, k) for k, r in self.trained.items()}
+        if isinstance(self.work, Training):
+            for role in self.work.method.optimizers:
+                metas.setdefault(role, {})
+        arrays, seconds = drive(
+            self.resolved.job(device, compile, metas),
+            key=records.digest(self.config),
+            checkpoint=self.checkpoint if checkpoint else None,
+            save_every=save_every,
+            time_limit=time_limit,
+            device=device,
+            report=report,
+        )
+        facts = records.provenance(
+            device=device,
+            seconds=seconds,
+            compiled=compile,
+            profile=self.profile,
+            claims=claims.hashes_for(self.experiment),
+            **self._data_facts(),
+        )
+        return Record(self.config, arrays, facts)
+
+    def _data_facts(self) -> dict[str, str]:
+        name = getattr(self.work, "data", None)
+        return {"data": name, "data_sha256": load(name).checksum} if name else {}
+
+
+def load_weights(name: str) -> Record:
+    """Read meta-trained weights ``data/optimizers/NAME.safetensors``."""
+    path = find_root() / "data" / "optimizers" / f"{name}.safetensors"
+    if not path.exists():
+        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
+        raise RecordError(
+            f"there are no weights {name}: meta-train them first, or choose one of "
+            f"{', '.join(known) or '(none yet)'}"
+        )
+    return Record.load(path)
+
+
+def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
+    """Take from a meta-training's record what ``work`` needs, and check it fits."""
+    if isinstance(work, LearningCurve):
+        wanted, optimizer = record.arrays, work.optimizer
+    else:
+        wanted = {
+            k.removeprefix("meta."): v
+            for k, v in record.arrays.items()
+            if k.startswith("meta.")
+        }
+        optimizer = work.method.optimizers[role]
+    trained = record.config["work"].get("optimizer")
+    if trained != records.spec(optimizer):
+        raise RecordError(
+            f"the weights were trained for {records.canonical(trained)}, which is not "
+            f"the {role} of this run: choose weights of the same architecture"
+        )
+    return wanted
+
+
+# ---- experiments ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure or table: its title, the chapter that shows it, and its runs.
+
+    ``version`` is raised when an algorithm behind it changes; older records are then
+    stale. ``build(profile, **options)`` makes the named works; the options (such as
+    ``seeds``) are the parameters that a chapter lets its reader change.
+    """
+
+    id: str
+    title: str
+    chapter: str
+    build: Callable[..., Iterable[tuple[str, Any]]]
+    version: int = 1
+    profiles: tuple[str, ...] = PROFILES
+
+    def runs(self, profile: str, **options: Any) -> list[Run]:
+        if profile not in self.profiles:
+            raise ExperimentError(
+                f"{self.id} has no profile {profile!r}: use {', '.join(self.profiles)}"
+            )
+        chosen = {k: v for k, v in options.items() if v is not None}
+        made = self.build(profile, **chosen)
+        return [Run(self.id, self.version, profile, n, w) for n, w in made]
+
+
+def find(pattern: str) -> list[Experiment]:
+    """Experiments whose id matches a glob; ExperimentError if none does."""
+    found = [EXPERIMENTS[k] for k in fnmatch.filter(EXPERIMENTS, pattern)]
+    if not found:
+        raise ExperimentError(
+            f"there is no experiment {pattern!r}: choose from {', '.join(EXPERIMENTS)}"
+        )
+    return found
+
+
+def table() -> str:
+    """All experiments as a Markdown table: recorded runs and cost at each profile.
+
+    The cost is the measured time where every run has its record, else an estimate for
+    one CPU core.
+    """
+    lines = [
+        "| experiment | what it shows | chapter | laptop | paper |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in EXPERIMENTS.values():
+        cells = []
+        for profile in ("laptop", "paper"):
+            runs = entry.runs(profile)
+            done = [run.load() for run in runs if run.state() == "done"]
+            if len(done) == len(runs):
+                spent = sum(r.provenance["seconds"] for r in done)
+                cells.append(f"recorded, {hours(spent)}")
+            else:
+                left = hours(sum(run.work.seconds() for run in runs))
+                cells.append(f"{len(done)} of {len(runs)} runs, about {left}")
+        chapter = f"{{doc}}`{entry.chapter}`"
+        lines.append(
+            f"| `{entry.id}` | {entry.title} | {chapter} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def hours(seconds: float) -> str:
+    """A duration to two digits, in minutes or hours."""
+    return f"{seconds / 3600:.2g} h" if seconds >= 3600 else f"{seconds / 60:.2g} min"
+
+
+def results(experiment: str, profile: str, **options: Any) -> list[tuple[Run, Record]]:
+    """What a chapter plots: committed records (``profile="record"``) or fresh ones.
+
+    ``record`` takes profile ``paper`` only if every run of the figure has its record,
+    else ``laptop``; an option that does not fit the records fails.
+    """
+    (entry,) = find(experiment)
+    if profile != "record":
+        return [
+            (r, r.execute(checkpoint=False)) for r in entry.runs(profile, **options)
+        ]
+    for candidate in ("paper", "laptop"):
+        runs = entry.runs(candidate)
+        if candidate == "laptop" or all(r.state() == "done" for r in runs):
+            break
+    asked = [r.config for r in entry.runs(candidate, **options)]
+    if asked != [r.config for r in runs]:
+        raise ExperimentError(
+            f"the records of {experiment} were made with other parameters: leave "
+            f"{', '.join(options)} at the default, or recompute with profile smoke, "
+            "laptop or paper"
+        )
+    return [(r, r.load()) for r in runs]
+
+
+def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Join the records of each label along their seeds (first axis).
+
+    To the recorded arrays come ``seconds`` (measured, a step and replica) and
+    :func:`hyperparameters`.
+    """
+    joined: dict[str, dict[str, torch.Tensor]] = {}
+    for run, record in found:
+        arrays = dict(record.arrays)
+        if isinstance(run.work, Training):
+            per_step = record.provenance["seconds"] / run.work.steps / run.work.replicas
+            arrays["seconds"] = torch.tensor([per_step])
+            arrays["hyperparameters"] = torch.tensor([hyperparameters(run.work.method)])
+        if run.label not in joined:
+            joined[run.label] = arrays
+            continue
+        for name, value in arrays.items():
+            if name not in SHARED:
+                both = [joined[run.label][name], value]
+                joined[run.label][name] = torch.cat(both)
+    return joined
+
+
+def hyperparameters(method: Any) -> int:
+    """Choices that are a guard's own: its numbers, and a rule with the rule's numbers.
+
+    Its two optimizers, with step size, schedule and weights, are not counted.
+    """
+    own = {k: v for k, v in vars(method).items() if k not in method.optimizers}
+    rules = [v for v in own.values() if is_dataclass(v)]
+    numbers = [v for part in [method, *rules] for v in vars(part).values()]
+    return len(rules) + sum(type(v) in (int, float) for v in numbers)
+
+
+SHARED = ("steps", "marks", "decisions", "rollouts")
+"""Arrays without a seed axis: the same in every record of a label."""
+
+
+def evidence(experiment: str) -> tuple[claims.Curves, dict[str, str]]:
+    """What a claim is judged on: curves of committed records, tests known when made."""
+    try:
+        found = results(experiment, "record")
+    except ExperimentError:
+        raise claims.NotTestable(f"{experiment} is not in the table yet") from None
+    except RecordError:
+        raise claims.NotTestable(f"{experiment} is not recorded in full") from None
+    known = [r.provenance["claims"] for _, r in found]
+    return curves(found), {k: v for k, v in known[0].items() if all(
+        other.get(k) == v for other in known)}  # fmt: skip
+
+
+# ---- LGL2O: building blocks ----------------------------------------------------------
+
+LSTM = LSTMOptimizer()
+"""The L2O of the LGL2O chapters; p and output scale as in the spec card, rows 8, 9."""
+
+TAU = 50_000.0
+
+SMALL_MLP = {
+    "mnist": MLP((784, 20, 10)),
+    "fashion-mnist": MLP((784, 20, 10)),
+    "digits28": MLP((784, 20, 10)),
+    "digits": MLP((64, 20, 10)),
+    "cifar10": MLP((3072, 20, 10)),
+    "moons": MLP((2, 20, 2)),
+    "circles": MLP((2, 20, 2)),
+    "spirals": MLP((2, 20, 2)),
+}
+"""The MLP with 20 sigmoid units of LGL2O, fitted to each data set."""
+
+
+def lgl2o_methods(lr: float = 3.0, adam: float = 1e-3) -> dict[str, Any]:
+    """The methods of LGL2O Figs. 3 to 8 by their names in the book."""
+    sgd = SGD(PowerDecay(lr, TAU))
+    return {
+        "L2O": Alone(LSTM),
+        "LGL2O": LGL2O(LSTM, sgd),
+        "SGD": Alone(sgd),
+        "SGD+momentum": Alone(SGD(PowerDecay(lr, TAU), momentum=0.9)),
+        "Adam": Alone(Adam(constant(adam))),
+    }
+
+
+def trainings(
+    methods: dict[str, Any], weights: str, seeds: int, **setting: Any
+) -> Iterable[tuple[str, Training]]:
+    """One work for each method and replica group; learned roles take ``weights``."""
+    replicas = setting.get("replicas", 1)
+    for label, method in methods.items():
+        roles = [k for k, o in method.optimizers.items() if o.init_meta(0)]
+        for first in range(0, seeds, replicas):
+            group = tuple(range(first, min(first + replicas, seeds)))
+            yield (
+                f"{label}/{first // replicas}",
+                Training(
+                    method=method,
+                    seeds=group,
+                    weights=dict.fromkeys(roles, weights),
+                    **setting,
+                ),
+            )
+
+
+META_LR = 1e-3
+"""Adam's rate in meta-training. The paper does not state it. 1e-2 is ahead over the
+first 100 rollouts and then stops improving (``lgl2o.pilot``)."""
+
+L2O = "lgl2o-lstm-0"
+"""The meta-trained weights of all LGL2O figures."""
+
+
+METATRAIN: dict[str, list[tuple[int, int | None]]] = {
+    "laptop": [(2_000, 200), (500, 200), (500, 200)],
+    "paper": [(2_000, None)] * 5,
+}
+"""Rollouts at most, and rollouts without a better validation before it ends."""
+
+
+def _metatrain(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    base = MetaTraining(LSTM, SMALL_MLP["mnist"], "mnist", meta_lr=META_LR)
+    if profile == "smoke":
+        plan = [
+            replace(
+                base,
+                optimizee=SMALL_MLP["digits"],
+                data="digits",
+                batch=32,
+                rollouts=8,
+                validate_every=4,
+            )
+        ]
+    else:
+        # The first at laptop is the L2O of all figures; Fig. 2 shows several.
+        plan = [
+            replace(base, rollouts=rollouts, patience=patience, seed=k)
+            for k, (rollouts, patience) in enumerate(METATRAIN[profile])
+        ]
+    suffix = "-paper" if profile == "paper" else ""
+    for work in plan[:seeds]:
+        yield f"lgl2o-lstm-{work.seed}{suffix}", work
+
+
+def _pilot(profile: str) -> Iterable[tuple[str, Any]]:
+    (_, base), *_ = _metatrain(profile)
+    work = base if profile == "smoke" else replace(base, rollouts=259, patience=None)
+    yield "lgl2o-lstm-0-rate-0.01", replace(work, meta_lr=1e-2)
+
+
+def _fig2(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    smoke = profile == "smoke"
+    zetas = [L2O] if smoke else [name for name, _ in _metatrain(profile)]
+    for zeta in zetas:
+        for name in ("digits", "moons") if smoke else FIG2_DATA:
+            yield (
+                f"{zeta}/{name}/0",
+                LearningCurve(
+                    LSTM,
+                    SMALL_MLP[name],
+                    name,
+                    {"optimizer": zeta},
+                    tuple(range(seeds or (1 if smoke else 5))),
+                    batch=32 if smoke else 128,
+                    steps=10 if smoke else 100,
+                    stride=4 if smoke else 2,
+                ),
+            )
+
+
+FIG2_DATA = ("mnist", "fashion-mnist", "moons", "circles", "spirals", "cifar10")
+
+FIG3: dict[str, dict[str, Any]] = {
+    "smoke": {"data": "digits", "batch": 32, "steps": 200, "seeds": 5, "replicas": 5},
+    "laptop": {"data": "mnist", "steps": 10_000, "seeds": 8},
+    "paper": {"data": "mnist", "steps": 100_000, "seeds": 25, "replicas": 25},
+}
+
+
+def _fig3(
+    profile: str, seeds: int | None = None, data: str | None = None
+) -> Iterable[tuple[str, Any]]:
+    setting = dict(FIG3[profile])
+    if seeds is not None:
+        setting["seeds"] = seeds
+    if data is not None:
+        setting["data"] = data
+    setting["optimizee"] = SMALL_MLP[setting["data"]]
+    return trainings(lgl2o_methods(), L2O, **setting)
+
+
+DETAILS: dict[str, dict[str, Any]] = {
+    "smoke": {"data": "digits", "batch": 32, "steps": 50, "seeds": 2, "replicas": 2},
+    "laptop": {"data": "mnist", "steps": 5_000, "seeds": 2},
+    "paper": {"data": "mnist", "steps": 100_000, "seeds": 25, "replicas": 25},
+}
+
+
+def _details(profile: str) -> Iterable[tuple[str, Any]]:
+    setting = dict(DETAILS[profile])
+    setting["optimizee"] = SMALL_MLP[setting["data"]]
+    methods: dict[str, Any] = {}
+    memories: dict[float, tuple[Memory, ...]] = {
+        3.0: ("carry", "reset"),
+        1.0: ("carry", "reset"),
+    }
+    for rate in memories:
+        sgd = SGD(PowerDecay(rate, TAU))
+        methods[f"SGD {rate:g}"] = Alone(sgd)
+        for memory in memories[rate]:
+            methods[f"LGL2O {rate:g} {memory}"] = LGL2O(
+                LSTM, sgd, proposal_state=memory
+            )
+    return trainings(methods, L2O, **setting)
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    e.id: e
+    for e in [
+        Experiment(
+            "lgl2o.pilot",
+            "Meta-training at the higher of two candidate rates",
+            "01-learning-to-optimize",
+            _pilot,
+        ),
+        Experiment(
+            "lgl2o.metatrain",
+            "Meta-training of the LSTM optimizer on MNIST",
+            "01-learning-to-optimize",
+            _metatrain,
+        ),
+        Experiment(
+            "lgl2o.fig2",
+            "Meta-training curves evaluated on six data sets",
+            "01-learning-to-optimize",
+            _fig2,
+        ),
+        Experiment(
+            "lgl2o.fig3",
+            "MNIST, MLP 784-20-10: L2O, its guard and hand-crafted optimizers",
+            "02-loss-guard",
+            _fig3,
+        ),
+        Experiment(
+            "lgl2o.details",
+            "MNIST, MLP: open details of LGL2O, memory and fallback step size",
+            "02-loss-guard",
+            _details,
+        ),
+    ]
+}

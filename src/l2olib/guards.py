@@ -1,0 +1,442 @@
+"""Guards: run a learned optimizer beside a fallback and keep what a test allows.
+
+:class:`LGL2O` is the loss guard of Premont-Schwarz, Vitku and Feyereisl, "A Simple
+Guard for Learned Optimizers" (ICML 2022). With ``n_t=1`` and ``validation="full"`` it
+is their Algorithm 1, with the defaults their Algorithm 2. Either side may be any
+:class:`~l2olib.optimizers.Optimizer`; NaN and infinity are ordinary inputs.
+:class:`GL2O` is the residual guard that it was compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .optimizees import Task
+from .optimizers import Meta, Optimizer, State
+from .train import Cost, Trace, inner_steps
+
+Metas = dict[str, Meta]
+Memory = Literal["carry", "revert", "reset"]
+
+
+def select(condition: Tensor, a: Any, b: Any) -> Any:
+    """Choose between two states (nested dicts of tensors) by a scalar condition."""
+    if isinstance(a, dict):
+        return {key: select(condition, a[key], b[key]) for key in a}
+    return torch.where(condition, a, b)
+
+
+def finite(state: Any) -> Tensor:
+    """Whether every number of a state is finite (a scalar bool tensor)."""
+    if isinstance(state, dict):
+        leaves = [finite(v) for v in state.values()]
+        return torch.stack(leaves).all() if leaves else torch.tensor(True)
+    return state.isfinite().all()
+
+
+@dataclass(frozen=True)
+class LGL2O:
+    """Loss-guarded L2O: n_t steps of both, then keep the one of lower validation loss.
+
+    From the same point x, ``proposal`` and ``fallback`` each take ``n_t`` steps on the
+    SAME training batches, to y and z. Both are evaluated on the same ``n_c`` batches of
+    training data, and x becomes y iff F(y) < F(z), else z.
+
+    ``validation``: ``"disjoint"`` (fresh batches of items that the decision's training
+    batches did not use), ``"iid"`` (fresh, with replacement), ``"fixed"`` (one draw for
+    the whole run) or ``"full"`` (the whole training set; ``n_c`` is not used).
+
+    What the paper leaves open (rows of the spec card, shown in the book):
+
+    * ``proposal_state`` after the fallback won (row 1): ``"carry"`` the state that the
+      losing branch ended with, ``"revert"`` to the decision's start, or ``"reset"``.
+    * ``fallback_state`` after the proposal won (row 3): ``"keep"`` what the losing
+      branch ended with, ``"revert"`` or ``"reset"``.
+    * ``clock`` of the fallback's learning-rate schedule (row 4): ``"global"`` counts
+      every step, ``"accepted"`` only those that were kept.
+
+    A candidate counts as finite when its validation loss and all its parameters are. A
+    finite one beats one that is not (row 7); if neither is finite x stays and the
+    proposal's state is reset. A state that is not finite is never carried on.
+    """
+
+    proposal: Optimizer
+    fallback: Optimizer
+    n_t: int = 10
+    n_c: int = 10
+    validation: Literal["disjoint", "iid", "fixed", "full"] = "disjoint"
+    proposal_state: Memory = "carry"
+    fallback_state: Literal["keep", "revert", "reset"] = "keep"
+    clock: Literal["global", "accepted"] = "global"
+
+    def __post_init__(self) -> None:
+        for name in ("n_t", "n_c"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, not {getattr(self, name)}"
+                )
+        allowed = {
+            "validation": ("disjoint", "iid", "fixed", "full"),
+            "proposal_state": ("carry", "revert", "reset"),
+            "fallback_state": ("keep", "revert", "reset"),
+            "clock": ("global", "accepted"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(values)}, "
+                    f"not {getattr(self, name)!r}"
+                )
+
+    @property
+    def interval(self) -> int:
+        return self.n_t
+
+    @property
+    def batches(self) -> tuple[int, str] | None:
+        """Validation batches that a decision needs: their number and mode."""
+        return None if self.validation == "full" else (self.n_c, self.validation)
+
+    @property
+    def traces(self) -> tuple[str, ...]:
+        return ("use_l2o", "valid_l2o", "valid_fallback", "standard_error")
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"proposal": self.proposal, "fallback": self.fallback}
+
+    def init(self, params: Tensor) -> State:
+        states = {role: opt.init(params) for role, opt in self.optimizers.items()}
+        return {"params": params, **states}
+
+    def segment(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        train: Tensor,
+        valid: Tensor | None,
+    ) -> tuple[State, Trace]:
+        """Take ``len(train)`` steps: ``train [S, B]``, ``valid [S / n_t, n_c, B]``.
+
+        The trace holds ``loss [S]`` (mini-batch loss along the accepted branches), and
+        for each decision ``use_l2o``, both validation losses and the standard error of
+        their difference; ``candidates`` are y and z of the last decision, for audits.
+        """
+        traces = []
+        for d, batches in enumerate(train.split(self.n_t)):
+            held_out = None if valid is None else valid[d]
+            state, trace = self.decide(task, metas, state, batches, held_out)
+            traces.append(trace)
+        joined = {key: torch.stack([t[key] for t in traces]) for key in self.traces}
+        joined["loss"] = torch.cat([t["loss"] for t in traces])
+        joined["candidates"] = traces[-1]["candidates"]
+        return state, joined
+
+    def decide(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        batches: Tensor,
+        held_out: Tensor | None,
+    ) -> tuple[State, Trace]:
+        """Run both branches over ``batches [n_t, B]`` and keep one of them."""
+        x = state["params"]
+        first = task.loss_and_grad(x, batches[0])  # both branches start from it
+        ends, states, losses = {}, {}, {}
+        for role, optimizer in self.optimizers.items():
+            ends[role], states[role], losses[role] = inner_steps(
+                task, optimizer, metas[role], x, state[role], batches, first
+            )
+        y, z = ends["proposal"], ends["fallback"]
+        f_y, f_z, error = self.criterion(task, y, z, held_out)
+        y_ok = f_y.isfinite() & finite(y)
+        z_ok = f_z.isfinite() & finite(z)
+        use = y_ok & (~z_ok | (f_y < f_z))
+        stay = ~y_ok & ~z_ok
+        trace = {
+            "loss": torch.where(
+                stay, first[0], torch.where(use, losses["proposal"], losses["fallback"])
+            ),
+            "use_l2o": use,
+            "valid_l2o": f_y,
+            "valid_fallback": f_z,
+            "standard_error": error,
+            "candidates": torch.stack([y, z]),
+        }
+        return {
+            "params": torch.where(stay, x, torch.where(use, y, z)),
+            "proposal": self._proposal_after(
+                use, stay, state["proposal"], states["proposal"], x
+            ),
+            "fallback": self._fallback_after(
+                use, z_ok, state["fallback"], states["fallback"], x
+            ),
+        }, trace
+
+    def criterion(
+        self, task: Task, y: Tensor, z: Tensor, held_out: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """F(y), F(z) and the standard error of F(y) - F(z) (0 for the full loss)."""
+        if held_out is None:
+            f_y, f_z = task.full_loss(y), task.full_loss(z)
+            return f_y, f_z, torch.zeros_like(f_y)
+        idx = held_out.flatten()
+        l_y, l_z = task.losses(y, idx), task.losses(z, idx)
+        return l_y.mean(), l_z.mean(), (l_y - l_z).std() / len(idx) ** 0.5
+
+    def _proposal_after(
+        self, use: Tensor, stay: Tensor, start: State, end: State, x: Tensor
+    ) -> State:
+        fresh = self.proposal.init(x)
+        lost = {"carry": end, "revert": start, "reset": fresh}[self.proposal_state]
+        state = select(use, end, select(stay, fresh, lost))
+        return select(finite(state), state, fresh)
+
+    def _fallback_after(
+        self, use: Tensor, z_ok: Tensor, start: State, end: State, x: Tensor
+    ) -> State:
+        end_state = select(z_ok & finite(end), end, start)
+        lost = {
+            "keep": end_state,
+            "revert": start,
+            "reset": self.fallback.init(x),
+        }[self.fallback_state]
+        state = select(use, lost, end_state)
+        if "step" in state:
+            accepted = z_ok & ~use
+            counted = torch.where(accepted, end["step"], start["step"])
+            state["step"] = end["step"] if self.clock == "global" else counted
+        return state
+
+    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
+        """Work of one inner step, averaged over a decision (dossier, entry 17)."""
+        evaluated = 2 * (items if self.validation == "full" else self.n_c * batch)
+        n = optimizee.layout.n
+        return Cost(
+            gradients=(2 * self.n_t - 1) / self.n_t,
+            forwards=evaluated / batch / self.n_t,
+            depth=1 + 1 / self.n_t,  # branches and evaluations run side by side
+            flops=(
+                (2 * self.n_t - 1) * optimizee.flops(batch, gradient=True)
+                + optimizee.flops(evaluated)
+                + self.n_t * (self.proposal.flops(n) + self.fallback.flops(n))
+            )
+            / self.n_t,
+        )
+
+
+# ---- GL2O ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """mu <- (1 - theta) mu at each acceptance (GS; authors' code)."""
+
+    theta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _inside("theta", self.theta)
+
+    def init(self, bar: Tensor) -> State:
+        return {"bar": bar}
+
+    def accept(self, state: State, residual: Tensor) -> State:
+        return {"bar": (1 - self.theta) * state["bar"]}
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """mu <- theta r + (1 - theta) mu (EMA; authors' code: theta weighs the new r).
+
+    ``theta = 1`` is the recent-term rule (RT), mu <- r. The other reading of a quoted
+    "theta = 0.9", weight 0.1 on the new residual, is ``theta = 0.1``.
+    """
+
+    theta: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.theta != 1.0:
+            _inside("theta", self.theta)
+
+    def init(self, bar: Tensor) -> State:
+        return {"bar": bar}
+
+    def accept(self, state: State, residual: Tensor) -> State:
+        return {"bar": self.theta * residual + (1 - self.theta) * state["bar"]}
+
+
+@dataclass(frozen=True)
+class ArithmeticAverage:
+    """mu <- (r + c mu) / (c + 1), c counting mu_1 and the acceptances so far (AA)."""
+
+    def init(self, bar: Tensor) -> State:
+        return {"bar": bar, "count": torch.ones_like(bar)}
+
+    def accept(self, state: State, residual: Tensor) -> State:
+        c = state["count"]
+        return {"bar": (residual + c * state["bar"]) / (c + 1), "count": c + 1}
+
+
+@dataclass(frozen=True)
+class RecentMax:
+    """mu <- the largest of the last m accepted residuals, mu_1 before those (RM)."""
+
+    m: int = 30
+
+    def __post_init__(self) -> None:
+        if self.m < 1:
+            raise ValueError(f"m must be at least 1, not {self.m}")
+
+    def init(self, bar: Tensor) -> State:
+        return {"bar": bar, "last": bar.expand(self.m).clone()}
+
+    def accept(self, state: State, residual: Tensor) -> State:
+        last = torch.cat([state["last"][1:], residual[None]])
+        return {"bar": last.max(), "last": last}
+
+
+def _inside(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, not {value}")
+
+
+@dataclass(frozen=True)
+class GL2O:
+    """Residual-guarded L2O (Heaton et al., "Safeguarded Learned Convex Optimization").
+
+    A proposal y is accepted when the fallback would hardly move it: with T(y) the
+    fallback's step from y and S(y) = y - T(y), accept iff ||S(y)|| < alpha mu, where
+    mu follows the accepted residuals by ``sequence`` and starts at ||S(x^1)||.
+    Otherwise the fallback steps from x. One decision a step, one extra gradient, at y,
+    which must wait for the proposal.
+
+    For mini-batch training LGL2O (section 3) fixes fallback, norm over all weights and
+    a decision each step; open details (spec card) are arguments:
+
+    * ``scaled``: S includes the learning rate (row 2), or is the gradient alone.
+    * ``fresh``: the residual's batch is the step's own, or a fresh one (row 3).
+    * ``proposal_state`` after a rejection (row 5): ``"carry"`` on or ``"revert"``.
+
+    A proposal or residual that is not finite is rejected (row 7), and a state of the
+    learned optimizer that is not finite is never carried on.
+    """
+
+    proposal: Optimizer
+    fallback: Optimizer
+    sequence: Any = MovingAverage()
+    alpha: float = 0.99
+    scaled: bool = True
+    fresh: bool = False
+    proposal_state: Literal["carry", "revert"] = "carry"
+
+    def __post_init__(self) -> None:
+        _inside("alpha", self.alpha)
+        if not hasattr(self.sequence, "accept"):
+            raise ValueError(
+                f"sequence must be Geometric, MovingAverage, ArithmeticAverage or "
+                f"RecentMax, not {self.sequence!r}"
+            )
+        if self.proposal_state not in ("carry", "revert"):
+            raise ValueError(
+                f"proposal_state must be carry or revert, not {self.proposal_state!r}"
+            )
+
+    @property
+    def interval(self) -> int:
+        return 1
+
+    @property
+    def batches(self) -> tuple[int, str] | None:
+        return (1, "disjoint") if self.fresh else None
+
+    @property
+    def traces(self) -> tuple[str, ...]:
+        return ("use_l2o", "residual", "bar")
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"proposal": self.proposal, "fallback": self.fallback}
+
+    def init(self, params: Tensor) -> State:
+        states = {role: opt.init(params) for role, opt in self.optimizers.items()}
+        bar = self.sequence.init(params.new_full((), torch.inf))
+        return {"params": params, "sequence": bar, **states}
+
+    def segment(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        train: Tensor,
+        valid: Tensor | None,
+    ) -> tuple[State, Trace]:
+        """Take ``len(train)`` steps; the trace holds loss, choice, residual and bar."""
+        traces = []
+        for i, batch in enumerate(train):
+            other = batch if valid is None else valid[i, 0]
+            state, trace = self.step(task, metas, state, batch, other)
+            traces.append(trace)
+        names = ("loss", *self.traces)
+        joined = {name: torch.stack([t[name] for t in traces]) for name in names}
+        return state, joined | {"candidates": traces[-1]["candidates"]}
+
+    def step(
+        self, task: Task, metas: Metas, state: State, batch: Tensor, other: Tensor
+    ) -> tuple[State, Trace]:
+        """Propose, test the residual on batch ``other``, accept or fall back."""
+        x = state["params"]
+        loss, grad = task.loss_and_grad(x, batch)
+        move, hidden = self.proposal.update(
+            metas["proposal"], grad, state["proposal"], x, loss=loss
+        )
+        fall, clock = self.fallback.update(
+            metas["fallback"], grad, state["fallback"], x, loss=loss
+        )
+        y, z = x + move, x + fall
+        grad_y = task.loss_and_grad(y, other)[1]
+        residual = self._residual(metas, grad_y, state["fallback"], y)
+        first = state["sequence"]["bar"].isinf()
+        start = self.sequence.init(self._residual(metas, grad, state["fallback"], x))
+        sequence = select(first, start, state["sequence"])
+        bar = sequence["bar"]
+        use = finite(y) & residual.isfinite() & (residual < self.alpha * bar)
+        kept = hidden if self.proposal_state == "carry" else state["proposal"]
+        after = select(use, hidden, kept)
+        return {
+            "params": torch.where(use, y, z),
+            "sequence": select(use, self.sequence.accept(sequence, residual), sequence),
+            "proposal": select(finite(after), after, self.proposal.init(x)),
+            "fallback": clock,
+        }, {
+            "loss": loss,
+            "use_l2o": use,
+            "residual": residual,
+            "bar": bar,
+            "candidates": torch.stack([y, z]),
+        }
+
+    def _residual(
+        self, metas: Metas, grad: Tensor, state: State, point: Tensor
+    ) -> Tensor:
+        """||S(point)||: how far the fallback would move, or the gradient's norm."""
+        if not self.scaled:
+            return grad.norm()
+        return self.fallback.update(metas["fallback"], grad, state, point)[0].norm()
+
+    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
+        """Work of one step: two gradients, the second after the proposal."""
+        n = optimizee.layout.n
+        return Cost(
+            gradients=2.0,
+            forwards=0.0,
+            depth=2.0,
+            flops=2 * optimizee.flops(batch, gradient=True)
+            + self.proposal.flops(n)
+            + 3 * self.fallback.flops(n),
+        )

@@ -1,0 +1,338 @@
+"""Meta-training by truncated back-propagation through the unrolled optimization.
+
+A rollout trains one freshly drawn optimizee for ``rollout`` inner steps. It is cut into
+truncations: after each, the meta-loss (the sum of the optimizee's mini-batch losses
+along it) is differentiated with respect to the meta-parameters, one Adam step is made
+on them, and parameters and hidden state are carried on without their history
+(Andrychowicz et al. 2016; LGL2O, App. D: rollout 100, truncation 20).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..data import load, train_indices
+from ..optimizees import Layout, Task
+from ..optimizers import Adam, Meta, Optimizer, State, constant
+from ..train import OVERHEAD, RATE, compiled
+
+Order = Literal["first", "full"]
+
+TRAINING, VALIDATION = 1_000_000, 900_000
+"""Where meta-training and its validation take optimizee seeds; figures use 0, 1, ..."""
+
+
+def unroll(
+    task: Task,
+    update: Callable[..., Any],
+    meta: Meta,
+    params: Tensor,
+    state: State,
+    idx: Tensor,
+    order: Order = "first",
+) -> tuple[Tensor, Tensor, State]:
+    """Take ``len(idx)`` inner steps; return losses ``[T]``, parameters and state.
+
+    Loss and gradient of step i are those of mini-batch ``idx[i]`` ([B]) at the current
+    parameters. ``order="first"`` treats the gradient that enters the optimizer as data
+    (no second derivatives of the optimizee, as both public code bases do); ``"full"``
+    differentiates through it.
+    """
+    losses = []
+    for i in range(len(idx)):
+        if order == "first":
+            anchor = params.detach()
+            loss, grad = task.loss_and_grad(anchor, idx[i])
+            # Value f(anchor); its derivative in params is the same recorded gradient.
+            loss = loss + grad @ (params - anchor)
+        else:
+            loss, grad = task.loss_and_grad(params, idx[i])
+        losses.append(loss)
+        seen = loss.detach() if order == "first" else loss
+        delta, state = update(meta, grad, state, params, loss=seen)
+        params = params + delta
+    return torch.stack(losses), params, state
+
+
+def meta_gradient(
+    task: Task,
+    update: Callable[..., Any],
+    meta: Meta,
+    params: Tensor,
+    state: State,
+    idx: Tensor,
+    order: Order = "first",
+) -> tuple[Meta, Tensor, Tensor, State]:
+    """Differentiate the sum of one truncation's losses; cut the history behind it.
+
+    Returns the meta-gradient, the losses ``[T]``, and detached parameters and state.
+    """
+    leaves = {k: v.detach().requires_grad_() for k, v in meta.items()}
+    losses, params, state = unroll(task, update, leaves, params, state, idx, order)
+    grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
+    cut = {k: v.detach() for k, v in state.items()}
+    return dict(zip(leaves, grads, strict=True)), losses.detach(), params.detach(), cut
+
+
+@dataclass(frozen=True)
+class MetaTraining:
+    """Everything that determines a truncated meta-training (its configuration).
+
+    ``rollouts`` of ``rollout`` inner steps, one meta-update each ``truncation`` steps
+    with Adam at ``meta_lr``. Every ``validate_every`` rollouts the optimizer trains
+    ``validation_seeds`` fixed optimizees for ``rollout`` steps; the meta-parameters of
+    lowest mean loss are the result. Training ends early when ``patience`` rollouts have
+    brought no better ones. Meta-parameters are also kept after
+    ``snapshots(rollouts)`` rollouts, so that a learning curve can be evaluated later.
+    """
+
+    optimizer: Optimizer
+    optimizee: Any
+    data: str
+    batch: int = 128
+    rollouts: int = 2_000
+    rollout: int = 100
+    truncation: int = 20
+    meta_lr: float = 1e-3
+    order: Order = "first"
+    seed: int = 0
+    validate_every: int = 20
+    validation_seeds: int = 2
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rollout % self.truncation:
+            raise ValueError(
+                f"rollout must be a multiple of truncation, not {self.rollout} "
+                f"and {self.truncation}"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the meta-parameters as one vector."""
+        meta = self.optimizer.init_meta(self.seed)
+        return Layout({k: tuple(v.shape) for k, v in meta.items()})
+
+    @property
+    def seeds(self) -> tuple[int]:
+        return (self.seed,)
+
+    def job(self, device: str, compile: bool, metas: Any) -> MetaTrainingJob:
+        return MetaTrainingJob(self, device, compile)
+
+    def seconds(self) -> float:
+        """Estimated time on one CPU core."""
+        n = self.optimizee.layout.n
+        flops = 3 * self.optimizer.flops(n) + self.optimizee.flops(self.batch, True)
+        return self.rollouts * self.rollout * (flops / RATE + OVERHEAD)
+
+    def snapshots(self) -> list[int]:
+        """Rollout counts (0 included, about two a doubling) of the kept snapshots."""
+        counts, k = {0, self.rollouts}, 1.0
+        while k < self.rollouts:
+            counts.add(round(k))
+            k *= 2**0.5
+        return sorted(counts)
+
+
+@dataclass
+class MetaTrainingJob:
+    """The resumable computation of a :class:`MetaTraining`; one rollout a piece."""
+
+    config: MetaTraining
+    device: str = "cpu"
+    compile: bool = False
+    task: Task = field(init=False)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.task = Task(c.optimizee, load(c.data, device=self.device))
+        self.layout = c.layout
+        self.adam = Adam(constant(c.meta_lr))
+        self.update = compiled(c.optimizer.update, self.compile)
+        self.marks = c.snapshots()
+
+    def start(self) -> State:
+        c = self.config
+        meta = self.layout.flatten(c.optimizer.init_meta(c.seed)).to(self.device)
+        validations = c.rollouts // c.validate_every + 1
+        nan = float("nan")
+        state: State = {
+            "rollouts": torch.zeros((), dtype=torch.int64),
+            "meta": meta,
+            "adam": self.adam.init(meta),
+            "best": meta.clone(),
+            "best_value": torch.tensor(float("inf"), dtype=torch.float64),
+            "training": torch.full((c.rollouts,), nan, dtype=torch.float64),
+            "validation": torch.full((validations,), nan, dtype=torch.float64),
+            "snapshots": torch.zeros(len(self.marks), self.layout.n),
+        }
+        return self._look(state)
+
+    def position(self, state: State) -> tuple[int, int]:
+        c, done = self.config, int(state["rollouts"])
+        best = int(state["validation"].nan_to_num(torch.inf).argmin())
+        exhausted = c.patience and done - best * c.validate_every >= c.patience
+        return done, done if exhausted else c.rollouts
+
+    def advance(self, state: State) -> State:
+        c, done = self.config, int(state["rollouts"])
+        base = TRAINING * (c.seed + 1)
+        idx = train_indices(
+            self.task.items, c.batch, base, done * c.rollout, c.rollout
+        ).to(self.device)
+        params = c.optimizee.init(base + done).to(self.device)
+        hidden = c.optimizer.init(params)
+        meta, adam, total = state["meta"], state["adam"], 0.0
+        for part in idx.split(c.truncation):
+            grads, losses, params, hidden = meta_gradient(
+                self.task, self.update, self.layout.views(meta), params, hidden, part,
+                c.order,
+            )  # fmt: skip
+            step, adam = self.adam.update({}, self.layout.flatten(grads), adam, meta)
+            meta = meta + step
+            total += losses.double().sum().item()
+        training = state["training"].clone()
+        training[done] = total / c.rollout
+        state = state | {"meta": meta, "adam": adam, "training": training}
+        state["rollouts"] = state["rollouts"] + 1
+        return self._look(state)
+
+    def _look(self, state: State) -> State:
+        """Keep a snapshot, and validate, at the rollout counts where that is due."""
+        c, done = self.config, int(state["rollouts"])
+        if done in self.marks:
+            state["snapshots"][self.marks.index(done)] = state["meta"].cpu()
+        if done % c.validate_every == 0:
+            value = self.validate(state["meta"])
+            state["validation"][done // c.validate_every] = value
+            if value < state["best_value"]:
+                state |= {"best": state["meta"].clone(), "best_value": value}
+        return state
+
+    @torch.no_grad()
+    def validate(self, meta: Tensor) -> Tensor:
+        """Mean loss along validation rollouts; infinite if any loss is not finite."""
+        c, total = self.config, torch.zeros((), dtype=torch.float64)
+        for j in range(c.validation_seeds):
+            seed = VALIDATION + j
+            idx = train_indices(self.task.items, c.batch, seed, 0, c.rollout)
+            params = c.optimizee.init(seed).to(self.device)
+            hidden = c.optimizer.init(params)
+            views = self.layout.views(meta)
+            losses, _, _ = unroll(
+                self.task, self.update, views, params, hidden, idx.to(self.device)
+            )
+            total += losses.double().mean().cpu()
+        value = total / c.validation_seeds
+        return torch.where(value.isfinite(), value, torch.inf)
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        best, done = self.layout.views(state["best"].cpu()), int(state["rollouts"])
+        kept = [k for k, mark in enumerate(self.marks) if mark <= done]
+        return {f"meta.{k}": v.clone() for k, v in best.items()} | {
+            "training": state["training"][:done].float(),
+            "validation": state["validation"][
+                : done // self.config.validate_every + 1
+            ].float(),
+            "snapshots": state["snapshots"][kept],
+            "snapshot_rollouts": torch.tensor(self.marks)[kept],
+        }
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """How well every snapshot of a meta-training trains some optimizee (LGL2O Fig. 2).
+
+    Every ``stride``-th snapshot, counted from the last, takes ``steps`` steps on each
+    seed's optimizee, and so do the selected meta-parameters; the meta-objective is the
+    mean mini-batch loss along the way. ``weights`` names the meta-training.
+    """
+
+    optimizer: Optimizer
+    optimizee: Any
+    data: str
+    weights: dict[str, str]
+    seeds: tuple[int, ...]
+    batch: int = 128
+    steps: int = 100
+    stride: int = 1
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def job(self, device: str, compile: bool, metas: Any) -> LearningCurveJob:
+        return LearningCurveJob(self, metas["optimizer"], device, compile)
+
+    def seconds(self) -> float:
+        flops = self.optimizer.flops(self.optimizee.layout.n)
+        flops += self.optimizee.flops(self.batch, True)
+        passes = 24 / self.stride * len(self.seeds) * self.steps
+        return passes * (flops / RATE + OVERHEAD)
+
+
+@dataclass
+class LearningCurveJob:
+    """The resumable computation of a :class:`LearningCurve`; one snapshot a piece.
+
+    ``trained`` are the arrays of the meta-training's record.
+    """
+
+    config: LearningCurve
+    trained: dict[str, Tensor]
+    device: str = "cpu"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.task = Task(c.optimizee, load(c.data, device=self.device))
+        meta = c.optimizer.init_meta(0)
+        self.layout = Layout({k: tuple(v.shape) for k, v in meta.items()})
+        self.update = compiled(c.optimizer.update, self.compile)
+        last = len(self.trained["snapshots"]) - 1
+        self.chosen = list(range(last % c.stride, last + 1, c.stride))
+        selected = {k: self.trained[f"meta.{k}"] for k in self.layout.shapes}
+        self.metas = torch.cat(
+            [
+                self.trained["snapshots"][self.chosen],
+                self.layout.flatten(selected)[None],
+            ]
+        )
+
+    def start(self) -> State:
+        shape = len(self.config.seeds), len(self.metas)
+        return {
+            "done": torch.zeros((), dtype=torch.int64),
+            "objective": torch.full(shape, torch.nan),
+            "last": torch.full(shape, torch.nan),
+        }
+
+    def position(self, state: State) -> tuple[int, int]:
+        return int(state["done"]), len(self.metas)
+
+    @torch.no_grad()
+    def advance(self, state: State) -> State:
+        c, k = self.config, int(state["done"])
+        views = self.layout.views(self.metas[k].to(self.device))
+        for j, seed in enumerate(c.seeds):
+            idx = train_indices(self.task.items, c.batch, seed, 0, c.steps)
+            params = c.optimizee.init(seed).to(self.device)
+            losses, _, _ = unroll(
+                self.task, self.update, views, params, c.optimizer.init(params),
+                idx.to(self.device),
+            )  # fmt: skip
+            state["objective"][j, k] = losses.double().mean().cpu()
+            state["last"][j, k] = losses[-1].cpu()
+        return state | {"done": state["done"] + 1}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        return {
+            "rollouts": self.trained["snapshot_rollouts"][self.chosen],
+            "objective": state["objective"][:, :-1],
+            "last": state["last"][:, :-1],
+            "selected.objective": state["objective"][:, -1],
+            "selected.last": state["last"][:, -1],
+        }

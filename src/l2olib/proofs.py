@@ -1,0 +1,738 @@
+r"""Turn a written proof into statements that SymPy checks.
+
+The theory chapters are the only source of the proofs. A cell declares a
+:class:`Theorem` (what the paper prints, the verdict, what is right) and adds the
+steps of its proof::
+
+    with_gradient_step = Theorem(
+        "Proposition 1", source="LGL2O, (2)", entry=1, label="thm-descent",
+        verdict=HOLDS, printed=r"$E(w^+) - E(w) \le \ldots$",
+    )
+    with_gradient_step.prose("Selection", "The guard keeps the better candidate.")
+    with_gradient_step.identity("1.b", "Insert the step", eq(lhs, rhs))
+    with_gradient_step.proof()
+
+Every step but :meth:`Theorem.prose` holds a *statement*, the SymPy relation that is
+both typeset and checked, and a *certificate* that is fixed when the step is written
+and never derived from the statement. A step is checked when it is declared; a
+statement that the certificate does not prove raises :class:`ProofError`.
+
+Cells that declare theorems carry the tag ``proof`` and depend only on cells with that
+tag, so that :func:`load` can run them without the simulations of the chapter: the
+tests and the table of errata read the theorems that way. Cells that compare a theorem
+with a simulation (:meth:`Theorem.measured`) carry the tag ``measured``.
+
+A *tag* such as ``6.c`` names a step across the repository. The tests hold the list of
+tags that must exist and perturb every checked statement to see its check fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import sympy as sp
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+
+HOLDS = "holds"
+CORRECTED = "holds as corrected"
+FALSE = "false"
+NEW = "new"
+VERDICTS = (HOLDS, CORRECTED, FALSE, NEW)
+
+PAPERS = ("LGL2O", "GL2O", "Meta Guard", "STAR", "Training techniques", "this book")
+
+
+class ProofError(AssertionError):
+    """A statement was not proved by its certificate."""
+
+
+# --- statements ----------------------------------------------------------------------
+
+
+def _relation(kind: type) -> Callable[[object, object], Relational]:
+    def build(left: object, right: object) -> Relational:
+        return kind(sp.sympify(left), sp.sympify(right), evaluate=False)
+
+    build.__doc__ = f"Return the unevaluated relation {kind.__name__}(left, right)."
+    return build
+
+
+eq = _relation(sp.Eq)
+ne = _relation(sp.Ne)
+le = _relation(sp.Le)
+lt = _relation(sp.Lt)
+ge = _relation(sp.Ge)
+gt = _relation(sp.Gt)
+
+
+def _excess(statement: Relational) -> sp.Expr:
+    """Return the side that should be larger minus the other one."""
+    if isinstance(statement, sp.Ge | sp.Gt):
+        return statement.lhs - statement.rhs
+    if isinstance(statement, sp.Le | sp.Lt):
+        return statement.rhs - statement.lhs
+    raise ProofError(f"an inequality is needed, not {type(statement).__name__}")
+
+
+def _tex(expression: object) -> str:
+    return sp.latex(expression, mul_symbol=None, fold_short_frac=False)
+
+
+# --- deciding zero and sign ----------------------------------------------------------
+
+
+def _sample(symbol: sp.Symbol, index: int, shift: int) -> sp.Expr:
+    """Return a rational that respects the assumptions on the symbol."""
+    prime = sp.prime(index + 2 + 3 * shift)
+    if symbol.is_integer:
+        value = sp.Integer(index + 2 + shift)
+    else:
+        value = sp.Rational(prime, 7 + 2 * index + 4 * shift)
+    return -value if symbol.is_negative else value
+
+
+def _probe_nonzero(expression: sp.Expr) -> bool:
+    """Return True if the expression is certainly nonzero at a rational point."""
+    if expression.has(AppliedUndef, sp.MatrixSymbol, sp.Indexed):
+        return False
+    symbols = sorted(expression.free_symbols, key=lambda s: s.name)
+    for shift in range(2):
+        point = {s: _sample(s, i, shift) for i, s in enumerate(symbols)}
+        value = expression.subs(point).evalf(40)
+        if value.is_comparable is False and not value.is_number:
+            continue
+        try:
+            size = abs(complex(value))
+        except TypeError:
+            continue
+        if size > 1e-20:
+            return True
+    return False
+
+
+def _is_root(expression: sp.Basic) -> bool:
+    return isinstance(expression, sp.Pow) and expression.exp.is_Rational
+
+
+def _factor_radicand(root: sp.Pow) -> sp.Expr:
+    return sp.factor(root.base) ** root.exp
+
+
+def is_zero(expression: sp.Basic) -> bool:
+    """Decide whether an expression (or every entry of a matrix) is identically zero.
+
+    Integrals, sums, limits and derivatives are carried out first. A rational sample
+    point can refute; only an exact simplification to zero can confirm.
+    """
+    if isinstance(expression, sp.MatrixBase):
+        return all(is_zero(entry) for entry in expression)
+    expression = sp.sympify(expression).doit()
+    if expression == 0:
+        return True
+    if expression.has(sp.nan, sp.zoo) or _probe_nonzero(expression):
+        return False
+    attempts: tuple[Callable[[sp.Expr], sp.Expr], ...] = (
+        sp.expand,
+        lambda e: sp.cancel(sp.together(e)),
+        sp.simplify,
+        lambda e: sp.simplify(sp.expand(e.rewrite(sp.exp))),
+        lambda e: sp.expand_func(sp.gammasimp(e)),
+        sp.radsimp,
+        lambda e: sp.simplify(e.replace(_is_root, _factor_radicand)),
+    )
+    for attempt in attempts:
+        try:
+            if attempt(expression) == 0:
+                return True
+        except (NotImplementedError, ValueError, TypeError, sp.PolynomialError):
+            continue
+    return False
+
+
+class _Signs:
+    """Signs of expressions that follow from symbols and given inequalities."""
+
+    def __init__(self, given: Iterable[Relational]) -> None:
+        self.known = [
+            (sp.expand(_excess(g)), isinstance(g, sp.Lt | sp.Gt)) for g in given
+        ]
+
+    def _given(self, expression: sp.Expr, strict: bool) -> bool:
+        expression = sp.expand(expression)
+        for known, known_strict in self.known:
+            ratio = sp.cancel(expression / known)
+            if ratio.is_positive and (known_strict or not strict):
+                return True
+        return False
+
+    def holds(self, expression: sp.Expr, strict: bool) -> bool:
+        """Return True if expression > 0 (strict) or >= 0 is certain."""
+        known = expression.is_positive if strict else expression.is_nonnegative
+        if known or self._given(expression, strict):
+            return True
+        if isinstance(expression, sp.Pow):
+            base, exponent = expression.args
+            if exponent.is_integer and exponent.is_even and not strict:
+                return bool(base.is_real)
+            positive = self.holds(base, strict=True)
+            return positive or (
+                not strict and exponent.is_positive and self.holds(base, strict=False)
+            )
+        if isinstance(expression, sp.Mul):
+            return all(self.holds(factor, strict) for factor in expression.args)
+        if isinstance(expression, sp.Add):
+            return all(self.holds(term, False) for term in expression.args) and (
+                not strict or any(self.holds(term, True) for term in expression.args)
+            )
+        return False
+
+
+# --- certificates --------------------------------------------------------------------
+
+
+class Certificate(Protocol):
+    """A fixed way to prove a statement."""
+
+    def verify(self, statement: sp.Basic) -> None:
+        """Raise ProofError unless the statement follows."""
+
+    def how(self) -> str:
+        """Describe the check in Markdown, without a full stop."""
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise ProofError(message)
+
+
+def _given_tex(given: Sequence[Relational]) -> str:
+    return f" for ${', '.join(_tex(g) for g in given)}$" if given else ""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Both sides of an equation agree identically (integrals, limits carried out)."""
+
+    def verify(self, statement: sp.Basic) -> None:
+        _require(isinstance(statement, sp.Eq), "an identity needs an equation")
+        left, right = statement.lhs, statement.rhs
+        if isinstance(left, sp.MatrixBase):
+            _require(left.shape == right.shape, "the shapes differ")
+        elif sp.oo in (right, -right):
+            _require(left.doit() == right, f"{left} is not {right}")
+            return
+        _require(is_zero(left - right), f"{left} is not identically {right}")
+
+    def how(self) -> str:
+        return "the difference of the two sides simplifies to zero"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """An inequality whose gap equals a sum of terms of known sign."""
+
+    terms: tuple[sp.Expr, ...]
+    given: tuple[Relational, ...] = ()
+
+    def verify(self, statement: sp.Basic) -> None:
+        gap, signs = sp.Add(*self.terms), _Signs(self.given)
+        _require(is_zero(_excess(statement) - gap), f"the gap is not {gap}")
+        for term in self.terms:
+            _require(signs.holds(term, False), f"the sign of {term} is not known")
+        if isinstance(statement, sp.Lt | sp.Gt):
+            positive = any(signs.holds(term, True) for term in self.terms)
+            _require(positive, f"the sign of {gap} is not known: it may be zero")
+
+    def how(self) -> str:
+        gap = " + ".join(
+            f"\\left({_tex(term)}\\right)"
+            if isinstance(term, sp.Add) and len(self.terms) > 1
+            else _tex(term)
+            for term in self.terms
+        )
+        sides = f"larger side minus smaller side is $\\displaystyle {gap}$"
+        return f"{sides}, of known sign{_given_tex(self.given)}"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A relation in one real variable holds exactly on the region."""
+
+    variable: sp.Symbol
+    region: sp.Set
+    domain: sp.Set = sp.Reals
+
+    def verify(self, statement: sp.Basic) -> None:
+        x = sp.Dummy("x", real=True)
+        plain = statement.subs(self.variable, x)
+        if isinstance(plain, sp.Eq):
+            found = sp.solveset(plain.lhs - plain.rhs, x, self.domain)
+        elif plain in (sp.true, sp.false):
+            found = self.domain if plain == sp.true else sp.S.EmptySet
+        else:
+            found = sp.solve_univariate_inequality(
+                plain, x, relational=False, domain=self.domain
+            )
+        same = found.symmetric_difference(self.region).simplify() == sp.S.EmptySet
+        _require(found == self.region or same, f"holds on {found}")
+
+    def how(self) -> str:
+        among = "" if self.domain == sp.Reals else f" within ${_tex(self.domain)}$"
+        name = _tex(self.variable)
+        return f"solved exactly: it holds for ${name} \\in {_tex(self.region)}${among}"
+
+
+@dataclass(frozen=True)
+class RealRoots:
+    """A polynomial inequality from all real roots, isolated by Sturm's method.
+
+    The relation must hold throughout the open interval, and the gap must have exactly
+    `roots` distinct real roots on the whole line and none inside the interval.
+    """
+
+    variable: sp.Symbol
+    low: sp.Expr
+    high: sp.Expr
+    roots: int
+
+    def verify(self, statement: sp.Basic) -> None:
+        numerator, denominator = sp.fraction(sp.together(_excess(statement)))
+        poly = sp.Poly(numerator, self.variable)
+        below = sp.Poly(denominator, self.variable)
+        _require(poly.count_roots() == self.roots, "another number of real roots")
+        for p in (poly, below):
+            edges = [e for e in (self.low, self.high) if e.is_finite]
+            on_edges = sum(p.eval(e) == 0 for e in edges)
+            inside = p.count_roots(self.low, self.high) - on_edges
+            _require(inside == 0, "a root inside the interval")
+        ends = (self.low, self.high)
+        if sp.oo in ends or -sp.oo in ends:
+            finite = [e for e in ends if e.is_finite]
+            anchor = finite[0] if finite else sp.Integer(0)
+            middle = anchor + (1 if self.high == sp.oo else -1)
+        else:
+            middle = (self.low + self.high) / 2
+        value = poly.eval(middle) / below.eval(middle)
+        _require(value > 0, f"negative at {middle}")
+
+    def how(self) -> str:
+        interval = _tex(sp.Interval.open(self.low, self.high))
+        return (
+            f"Sturm's method: {self.roots} distinct real roots in all, none in "
+            f"${interval}$, and the sign at a rational point"
+        )
+
+
+@dataclass(frozen=True)
+class Extremum:
+    """f <= v (or >=) with equality at `at`, from the exact sign of the derivative.
+
+    The derivative of f must equal (at - variable) * factor with factor > 0 for a
+    maximum, (variable - at) * factor for a minimum.
+    """
+
+    variable: sp.Symbol
+    at: sp.Expr
+    factor: sp.Expr
+    given: tuple[Relational, ...] = ()
+
+    def verify(self, statement: sp.Basic) -> None:
+        gap = _excess(statement)
+        small, large = (
+            (statement.lhs, statement.rhs)
+            if isinstance(statement, sp.Le)
+            else (statement.rhs, statement.lhs)
+        )
+        _require(isinstance(statement, sp.Le | sp.Ge), "needs <= or >=")
+        _require(
+            small.has(self.variable) != large.has(self.variable),
+            "exactly one side must depend on the variable",
+        )
+        slope = (self.variable - self.at) * self.factor
+        _require(
+            is_zero(sp.diff(gap, self.variable) - slope),
+            f"the derivative of the gap is not {slope}",
+        )
+        _require(is_zero(gap.subs(self.variable, self.at)), "no equality there")
+        _require(_Signs(self.given).holds(self.factor, True), "sign of the factor")
+
+    def how(self) -> str:
+        moved = _tex(self.variable - self.at)
+        if isinstance(self.variable - self.at, sp.Add):
+            moved = f"\\left({moved}\\right)"
+        rest = "" if self.factor == 1 else f" \\cdot {_tex_factor(self.factor)}"
+        sign = f" with a positive last factor{_given_tex(self.given)}" if rest else ""
+        return (
+            f"equality at ${_tex(self.variable)} = {_tex(self.at)}$, and the "
+            f"derivative of the gap is $\\displaystyle {moved}{rest}${sign}"
+        )
+
+
+def _tex_factor(expression: sp.Expr) -> str:
+    text = _tex(expression)
+    return f"\\left({text}\\right)" if isinstance(expression, sp.Add) else text
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A closed form u(n) = ..., from its start and the identity of the induction step.
+
+    `step` is an equation for u(n + 1) in terms of u(n); `start` maps n to u(n).
+    """
+
+    step: Relational
+    start: Mapping[sp.Expr, sp.Expr]
+
+    def verify(self, statement: sp.Basic) -> None:
+        term = statement.lhs
+        _require(
+            isinstance(statement, sp.Eq) and isinstance(term, AppliedUndef),
+            "needs u(n) = closed form",
+        )
+        n = term.args[0]
+        _require(n.is_Symbol, "needs u(n) on the left")
+        for k, value in self.start.items():
+            _require(is_zero(statement.rhs.subs(n, k) - value), f"wrong start at {k}")
+
+        def closed(index: sp.Expr) -> sp.Expr:
+            return statement.rhs.subs(n, index)
+
+        gap = (self.step.lhs - self.step.rhs).replace(term.func, closed)
+        _require(is_zero(gap), "the induction step fails")
+
+    def how(self) -> str:
+        start = ", ".join(f"n = {_tex(k)}" for k in self.start)
+        return f"induction: true at ${start}$, and it satisfies ${_tex(self.step)}$"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A relation between exact numbers: both sides take the stated values."""
+
+    at: Mapping[sp.Basic, sp.Basic]
+    values: tuple[sp.Basic, sp.Basic]
+
+    def verify(self, statement: sp.Basic) -> None:
+        sides = [s.subs(self.at).doit() for s in (statement.lhs, statement.rhs)]
+        for side, value in zip(sides, self.values, strict=True):
+            _require(not side.has(sp.Float), "a floating-point number")
+            _require(is_zero(side - value), f"{side} is not {value}")
+        outcome = statement.func(*self.values)
+        _require(outcome == sp.true, f"{self.values} do not satisfy the relation")
+
+    def how(self) -> str:
+        point = ", ".join(f"{_tex(k)} = {_tex(v)}" for k, v in self.at.items())
+        left, right = map(_tex, self.values)
+        where = f"at ${point}$ " if point else ""
+        return f"exact arithmetic: {where}the sides are ${left}$ and ${right}$"
+
+
+# --- theorems ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class Step:
+    """One step of a proof.
+
+    `kind` is ``checked``, ``counterexample``, ``prose`` or ``measured``; only the first
+    two have a statement and a certificate.
+    """
+
+    tag: str | None
+    name: str
+    kind: str
+    statement: sp.Basic | None = None
+    certificate: Certificate | None = None
+    text: str = ""
+
+    def verify(self, statement: sp.Basic | None = None) -> None:
+        """Check the step, or another statement by the same certificate.
+
+        Whatever goes wrong in the check counts as "not proved".
+        """
+        if self.certificate is None:
+            return
+        target = self.statement if statement is None else statement
+        assert target is not None
+        try:
+            _require(not target.has(sp.Float), "a floating-point number")
+            self.certificate.verify(target)
+        except ProofError as error:
+            raise ProofError(f"[{self.tag}] {self.name}: {error}") from None
+        except Exception as error:  # SymPy could not decide
+            raise ProofError(f"[{self.tag}] {self.name}: {error!r}") from error
+
+    def __repr__(self) -> str:
+        return f"<step {self.tag or ''} {self.name}: {self.kind}>"
+
+    def _repr_markdown_(self) -> str:
+        tag = f" `[{self.tag}]`" if self.tag else ""
+        text = f" {self.text}" if self.text else ""
+        if self.kind == "prose":
+            return f"**{self.name}.**{text} *(Argued in prose.)*"
+        if self.kind == "measured":
+            return f"**{self.name}.**{text} *(Measured, not proved)*{tag}"
+        mark = "Counterexample checked" if self.kind == "counterexample" else "Checked"
+        formula = f"\n\n$$\n{_tex(self.statement)}\n$$\n\n"
+        assert self.certificate is not None
+        return (
+            f"**{self.name}.**{text}{formula}✓ *{mark}:* {self.certificate.how()}.{tag}"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Proof:
+    """Consecutive steps, as one cell shows them."""
+
+    steps: tuple[Step, ...]
+
+    def __repr__(self) -> str:
+        return f"<proof: {len(self.steps)} steps>"
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(step._repr_markdown_() for step in self.steps)
+
+
+@dataclass(repr=False)
+class Theorem:
+    r"""A claim of a paper (or of this book), its verdict and its proof.
+
+    Parameters
+    ----------
+    name : how the claim is called in the text.
+    source : paper and place, e.g. ``"LGL2O, (2)"``; starts with a name of PAPERS.
+    entry : the number of the claim in the book's list of claims (dossier entry).
+    label : MyST label of the section with the proof.
+    verdict : one of HOLDS, CORRECTED, FALSE, NEW.
+    printed : the claim as printed (Markdown with formulas); empty if NEW.
+    corrected : what is right (Markdown with formulas); empty if HOLDS as printed.
+    slip : one line for the table of errata: what is wrong, or the counterexample.
+
+    Raises ValueError for an unknown verdict or paper, or a missing text.
+    """
+
+    name: str
+    source: str
+    entry: int
+    label: str
+    verdict: str
+    printed: str = ""
+    corrected: str = ""
+    slip: str = ""
+    steps: list[Step] = field(default_factory=list)
+    _shown: int = 0
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict must be one of {VERDICTS}, not {self.verdict!r}")
+        if not self.source.startswith(PAPERS):
+            raise ValueError(f"source must start with one of {PAPERS}")
+        if self.verdict != NEW and not self.printed:
+            raise ValueError(f"{self.name}: what is printed?")
+        if self.verdict in (CORRECTED, NEW) and not self.corrected:
+            raise ValueError(f"{self.name}: what is right?")
+        if self.verdict in (CORRECTED, FALSE) and not self.slip:
+            raise ValueError(f"{self.name}: what is wrong, in one line?")
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.verdict}>"
+
+    def _add(self, step: Step) -> Step:
+        step.verify()
+        self.steps.append(step)
+        return step
+
+    def prose(self, name: str, text: str) -> Step:
+        """Add a step that rests on the written argument."""
+        return self._add(Step(None, name, "prose", text=text))
+
+    def identity(
+        self, tag: str, name: str, statement: Relational, text: str = ""
+    ) -> Step:
+        """Add an equation whose sides agree identically."""
+        return self._add(Step(tag, name, "checked", statement, Identity(), text))
+
+    def inequality(
+        self,
+        tag: str,
+        name: str,
+        statement: Relational,
+        gap: sp.Expr | Sequence[sp.Expr],
+        given: Sequence[Relational] = (),
+        text: str = "",
+    ) -> Step:
+        """Add an inequality whose gap equals a term, or a sum, of known sign."""
+        terms = gap if isinstance(gap, list | tuple) else [gap]
+        certificate = Sign(tuple(map(sp.sympify, terms)), tuple(given))
+        return self._add(Step(tag, name, "checked", statement, certificate, text))
+
+    def solution(
+        self,
+        tag: str,
+        name: str,
+        statement: Relational,
+        variable: sp.Symbol,
+        region: sp.Set,
+        domain: sp.Set = sp.Reals,
+        text: str = "",
+    ) -> Step:
+        """Add a relation in one variable that holds exactly on the region."""
+        certificate = Solution(variable, region, domain)
+        return self._add(Step(tag, name, "checked", statement, certificate, text))
+
+    def real_roots(
+        self,
+        tag: str,
+        name: str,
+        statement: Relational,
+        variable: sp.Symbol,
+        interval: tuple[object, object],
+        roots: int,
+        text: str = "",
+    ) -> Step:
+        """Add a polynomial inequality on an open interval, by Sturm's method."""
+        low, high = map(sp.sympify, interval)
+        certificate = RealRoots(variable, low, high, roots)
+        return self._add(Step(tag, name, "checked", statement, certificate, text))
+
+    def extremum(
+        self,
+        tag: str,
+        name: str,
+        statement: Relational,
+        variable: sp.Symbol,
+        at: sp.Expr,
+        factor: sp.Expr,
+        given: Sequence[Relational] = (),
+        text: str = "",
+    ) -> Step:
+        """Add a bound that is attained, proved by the sign of the derivative."""
+        certificate = Extremum(
+            variable, sp.sympify(at), sp.sympify(factor), tuple(given)
+        )
+        return self._add(Step(tag, name, "checked", statement, certificate, text))
+
+    def recurrence(
+        self,
+        tag: str,
+        name: str,
+        statement: Relational,
+        step: Relational,
+        start: Mapping[object, object],
+        text: str = "",
+    ) -> Step:
+        """Add a closed form of a recurrence, proved by induction."""
+        exact = {sp.sympify(k): sp.sympify(v) for k, v in start.items()}
+        certificate = Recurrence(step, exact)
+        return self._add(Step(tag, name, "checked", statement, certificate, text))
+
+    def example(
+        self,
+        tag: str,
+        name: str,
+        statement: Relational,
+        values: tuple[object, object],
+        at: Mapping[object, object] | None = None,
+        text: str = "",
+    ) -> Step:
+        """Add an exact evaluation: the two sides take the stated values."""
+        return self._evaluation("checked", tag, name, statement, values, at, text)
+
+    def counterexample(
+        self,
+        tag: str,
+        name: str,
+        statement: Relational,
+        values: tuple[object, object],
+        at: Mapping[object, object] | None = None,
+        text: str = "",
+    ) -> Step:
+        """Add an exact evaluation that refutes the claim."""
+        return self._evaluation(
+            "counterexample", tag, name, statement, values, at, text
+        )
+
+    def _evaluation(
+        self,
+        kind: str,
+        tag: str,
+        name: str,
+        statement: Relational,
+        values: tuple[object, object],
+        at: Mapping[object, object] | None,
+        text: str,
+    ) -> Step:
+        left, right = map(sp.sympify, values)
+        point = {sp.sympify(k): sp.sympify(v) for k, v in (at or {}).items()}
+        certificate = Evaluation(point, (left, right))
+        return self._add(Step(tag, name, kind, statement, certificate, text))
+
+    def measured(
+        self, tag: str, name: str, text: str, value: float, bound: float
+    ) -> Step:
+        """Add a simulated quantity that must not exceed its bound (3 digits shown).
+
+        Raises ProofError if it does, or if it is not a number.
+        """
+        if not value <= bound:
+            raise ProofError(f"[{tag}] {name}: {value:.3g} exceeds {bound:.3g}")
+        shown = f"{text} Worst value {value:.3g}, bound {bound:.3g}."
+        return self._add(Step(tag, name, "measured", text=shown))
+
+    def proof(self) -> Proof:
+        """Return the steps added since the last call, for display."""
+        steps = tuple(self.steps[self._shown :])
+        self._shown = len(self.steps)
+        return Proof(steps)
+
+    def _repr_markdown_(self) -> str:
+        lines = [f"**{self.name}** ({self.source}). *Verdict: {self.verdict}.*"]
+        if self.printed:
+            lines.append(f"*As printed.* {self.printed}")
+        if self.slip:
+            lines.append(f"*What is wrong.* {self.slip}")
+        if self.corrected:
+            word = "Statement" if self.verdict == NEW else "What is right"
+            lines.append(f"*{word}.* {self.corrected}")
+        return "\n\n".join(lines)
+
+
+# --- chapters ------------------------------------------------------------------------
+
+
+def proof_code(
+    notebook: str | os.PathLike[str], tags: Iterable[str] = ("proof",)
+) -> str:
+    """Return the code of the notebook's cells that carry one of the tags."""
+    wanted = set(tags)
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    chosen = (
+        "".join(cell["source"])
+        for cell in cells
+        if cell["cell_type"] == "code"
+        and wanted & set(cell["metadata"].get("tags", ()))
+    )
+    return "\n\n".join(chosen)
+
+
+def load(
+    notebook: str | os.PathLike[str], tags: Iterable[str] = ("proof",)
+) -> list[Theorem]:
+    """Run the proof cells of a chapter and return its theorems in order.
+
+    Every check runs again; ProofError if one fails. `tags` chooses the cells by their
+    notebook tags; a cell that needs simulations carries ``measured`` instead.
+    """
+    namespace: dict[str, object] = {"__name__": Path(notebook).stem}
+    code = compile(proof_code(notebook, tags), str(notebook), "exec")
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, namespace)
+    return [value for value in namespace.values() if isinstance(value, Theorem)]

@@ -1,0 +1,494 @@
+"""Run resumable jobs; train a method on an optimizee, in segments, over replicas.
+
+:func:`drive` is the one loop behind every long computation of the book: it advances a
+job in small pieces, writes a checkpoint now and then, continues a killed one to the
+bit-identical end, and stops cleanly at a time limit. :class:`Training` is the job that
+runs a method (an optimizer alone, a guard, ...) on an optimizee.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import records
+from .data import DataError, load, train_indices, valid_indices
+from .optimizees import Task
+from .optimizers import Meta, Optimizer, State
+
+RATE, OVERHEAD = 1.6e10, 6e-4
+"""FLOP a second and seconds a step of one CPU core, to estimate the cost of a run."""
+
+Trace = dict[str, Tensor]
+Metas = dict[str, Meta]
+
+
+def repeatable() -> None:
+    """Set this process up so that the same run gives the same bits.
+
+    Summation order, and with it every digit of a long run, depends on the number of
+    threads: one thread is the setting of the records.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
+class Job(Protocol):
+    """A computation that is a sequence of states (nested dicts of tensors).
+
+    ``advance`` may run any piece of work, but the state after it must be a function of
+    the state before it alone: that is what makes a resumed run bit-identical.
+    """
+
+    def start(self) -> State: ...
+
+    def advance(self, state: State) -> State: ...
+
+    def position(self, state: State) -> tuple[int, int]:
+        """(done, total), in units that mean something to a reader."""
+        ...
+
+    def finish(self, state: State) -> dict[str, Tensor]: ...
+
+
+class Unfinished(Exception):
+    """The time limit was reached; the checkpoint holds everything done so far."""
+
+
+def drive(
+    job: Job,
+    *,
+    key: str = "",
+    checkpoint: Path | None = None,
+    save_every: float = 60.0,
+    time_limit: float | None = None,
+    device: str = "cpu",
+    report: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Run ``job`` to its end; return its arrays and the seconds it took in all.
+
+    These are seconds of processor time (a busy machine does not count against a run),
+    resumed pieces included.
+
+    ``key`` names the configuration: a checkpoint of another one is refused with
+    :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in seconds.
+    """
+    began, worked, earlier = time.monotonic(), time.process_time(), 0.0
+    if checkpoint is not None and checkpoint.exists():
+        arrays, metadata = records.read(checkpoint, device)
+        if metadata.get("key") != key:
+            raise records.RecordError(
+                f"{records.short(checkpoint)} is the checkpoint of another "
+                "configuration: delete it to start afresh"
+            )
+        state, earlier = records.unflatten(arrays), metadata["seconds"]
+    else:
+        state = job.start()
+
+    def elapsed() -> float:
+        return earlier + time.process_time() - worked
+
+    def save() -> None:
+        if checkpoint is not None:
+            metadata = {"key": key, "seconds": elapsed()}
+            records.write(checkpoint, records.flatten(state), metadata)
+
+    saved = time.monotonic()
+    while True:
+        done, total = job.position(state)
+        if report is not None:
+            report(done, total)
+        if done >= total:
+            return job.finish(state), elapsed()
+        if time_limit is not None and time.monotonic() - began >= time_limit:
+            save()
+            raise Unfinished(f"stopped at {done} of {total} by the time limit")
+        if time.monotonic() - saved >= save_every:
+            save()
+            saved = time.monotonic()
+        state = job.advance(state)
+
+
+def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
+    """``torch.compile`` as a flag: the same function, its element-wise work fused."""
+    return torch.compile(function, dynamic=False) if on else function
+
+
+# ---- methods -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one inner step: what a comparison of methods is drawn against.
+
+    ``gradients`` and ``forwards`` count mini-batch passes, ``depth`` those that must
+    follow one another, ``flops`` matrix work (2 FLOP a multiply-add) of everything.
+    """
+
+    gradients: float
+    forwards: float
+    depth: float
+    flops: float
+
+
+class Method(Protocol):
+    """One way to train: an optimizer alone, or a guard over two.
+
+    Written for one replica, without reading tensors back to Python, so that ``vmap``
+    adds replicas and a segment can be compiled. ``interval`` divides a segment.
+    """
+
+    @property
+    def interval(self) -> int: ...
+
+    @property
+    def batches(self) -> tuple[int, str] | None:
+        """Validation batches that a decision needs: number and mode."""
+        ...
+
+    @property
+    def traces(self) -> tuple[str, ...]:
+        """What a segment's trace holds for each decision (none: nothing is decided)."""
+        ...
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by role; learned ones take their weights by the same role."""
+        ...
+
+    def init(self, params: Tensor) -> State:
+        """Start at ``params [n]``; the state holds the iterate as ``"params"``."""
+        ...
+
+    def segment(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        train: Tensor,
+        valid: Tensor | None,
+    ) -> tuple[State, Trace]: ...
+
+    def cost(self, optimizee: Any, batch: int, items: int) -> Cost: ...
+
+
+def inner_steps(
+    task: Task,
+    optimizer: Optimizer,
+    meta: Meta,
+    params: Tensor,
+    state: State,
+    batches: Tensor,
+    first: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, State, Tensor]:
+    """Take one optimizer step on each of ``batches [T, B]``.
+
+    ``first``: loss and gradient of the first batch at ``params`` where already known.
+    Returns parameters, optimizer state and the losses before each step ``[T]``.
+    """
+    losses = []
+    for i in range(len(batches)):
+        known = first if i == 0 else None
+        loss, grad = known or task.loss_and_grad(params, batches[i])
+        delta, state = optimizer.update(meta, grad, state, params, loss=loss)
+        params = params + delta
+        losses.append(loss)
+    return params, state, torch.stack(losses)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """An optimizer with nobody watching: the unguarded L2O, and every baseline."""
+
+    optimizer: Optimizer
+
+    @property
+    def interval(self) -> int:
+        return 1
+
+    @property
+    def batches(self) -> None:
+        return None
+
+    @property
+    def traces(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"optimizer": self.optimizer}
+
+    def init(self, params: Tensor) -> State:
+        return {"params": params, "optimizer": self.optimizer.init(params)}
+
+    def segment(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        train: Tensor,
+        valid: Tensor | None,
+    ) -> tuple[State, Trace]:
+        """Take ``len(train)`` steps; the trace holds the losses before each."""
+        params, inner, losses = inner_steps(
+            task,
+            self.optimizer,
+            metas["optimizer"],
+            state["params"],
+            state["optimizer"],
+            train,
+        )
+        return {"params": params, "optimizer": inner}, {"loss": losses}
+
+    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
+        flops = optimizee.flops(batch, gradient=True)
+        return Cost(1.0, 0.0, 1.0, flops + self.optimizer.flops(optimizee.layout.n))
+
+
+# ---- the training job ----------------------------------------------------------------
+
+
+def log_spaced(first: int, last: int, count: int, step: int = 1) -> list[int]:
+    """About ``count`` log-spaced multiples of ``step`` in [first, last], ends kept."""
+    ratio = (last / first) ** (1 / max(count - 1, 1))
+    points = {round(first * ratio**k / step) * step for k in range(count)}
+    return sorted({p for p in points if first <= p <= last} | {first, last})
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that determines one run: a method on an optimizee, for a group of
+    seeds.
+
+    ``seeds`` are the replicas that are reported. They belong to one group of
+    ``replicas`` seeds, ``replicas * k ... replicas * (k + 1) - 1``, which is always
+    computed whole: a seed has the same bits whichever of its neighbours are asked for.
+    ``weights`` names the meta-trained weights of the learned optimizers by role;
+    ``digests`` are filled in from those files and are what enters the record.
+
+    ``segment`` inner steps are the unit of compilation and checkpoints. Held-out and
+    full-data losses are taken at about ``evaluations`` log-spaced segment ends; an
+    audit of a guard's last decision every ``audit_every`` segments (0: never).
+    """
+
+    optimizee: Any
+    data: str
+    method: Any
+    steps: int
+    seeds: tuple[int, ...]
+    replicas: int = 1
+    batch: int = 128
+    segment: int = 50
+    evaluations: int = 20
+    audit_every: int = 4
+    weights: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.steps % self.segment:
+            raise ValueError(
+                f"steps must be a positive multiple of the segment, {self.segment}, "
+                f"not {self.steps}"
+            )
+        if self.segment % self.method.interval:
+            raise ValueError(
+                f"the segment must be a multiple of the decision interval, "
+                f"{self.method.interval}, not {self.segment}"
+            )
+        groups = {seed // self.replicas for seed in self.seeds}
+        if len(groups) != 1 or min(self.seeds) < 0:
+            raise ValueError(
+                f"seeds must be non-negative and of one group of {self.replicas}, "
+                f"not {self.seeds}"
+            )
+
+    def job(self, device: str, compile: bool, metas: Metas) -> TrainingJob:
+        return TrainingJob(self, metas, device, compile)
+
+    def seconds(self) -> float:
+        """Estimated time on one CPU core."""
+        cost = self.method.cost(self.optimizee, self.batch, 50_000)
+        work = self.replicas * cost.flops / RATE + cost.depth * OVERHEAD
+        return self.steps * work
+
+    @property
+    def group(self) -> range:
+        """All seeds of the group, reported or not."""
+        first = self.seeds[0] // self.replicas * self.replicas
+        return range(first, first + self.replicas)
+
+    @property
+    def marks(self) -> list[int]:
+        """Steps at which full-data and held-out losses are taken."""
+        return log_spaced(self.segment, self.steps, self.evaluations, self.segment)
+
+
+CANDIDATES = ("full_proposal", "full_fallback")
+"""The true losses of an audited decision's two candidates."""
+
+
+@dataclass
+class TrainingJob:
+    """The resumable computation of a :class:`Training`; one segment a piece."""
+
+    config: Training
+    metas: Metas
+    device: str = "cpu"
+    compile: bool = False
+    task: Task = field(init=False)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.task = Task(c.optimizee, load(c.data, device=self.device))
+        if c.batch > self.task.items:
+            raise DataError(
+                f"a batch of {c.batch} is larger than the {self.task.items} training "
+                f"items of {c.data}"
+            )
+        self.metas = {
+            role: {k: v.to(self.device) for k, v in meta.items()}
+            for role, meta in self.metas.items()
+        }
+
+        def segment(state: State, train: Tensor, valid: Tensor | None) -> Any:
+            return c.method.segment(self.task, self.metas, state, train, valid)
+
+        dims = (0, 0, None if c.method.batches is None else 0)
+        self.segment = compiled(torch.func.vmap(segment, in_dims=dims), self.compile)
+        self.looks = {
+            name: torch.func.vmap(getattr(self.task, name))
+            for name in ("full_loss", "test_loss", "test_error")
+        }
+
+    def start(self) -> State:
+        c, r = self.config, self.config.replicas
+        params = torch.stack([c.optimizee.init(s) for s in c.group]).to(self.device)
+        decisions = c.steps // c.method.interval
+        empty = {"loss": torch.full((r, c.steps), torch.nan)}
+        for name in c.method.traces:
+            empty[name] = torch.full((r, decisions), torch.nan)
+        state: State = {
+            "step": torch.zeros((), dtype=torch.int64),
+            "method": torch.func.vmap(c.method.init)(params),
+            "trace": empty,
+            "looks": {n: torch.full((r, len(c.marks)), torch.nan) for n in self.looks},
+        }
+        if c.method.traces and c.audit_every:
+            audits = c.steps // c.segment // c.audit_every
+            blank = torch.full((r, audits), torch.nan, dtype=torch.float64)
+            state["audit"] = {
+                name: blank.clone() for name in (*CANDIDATES, *c.method.traces)
+            }
+        return state
+
+    def position(self, state: State) -> tuple[int, int]:
+        return int(state["step"]), self.config.steps
+
+    def batches(self, start: int) -> tuple[Tensor, Tensor | None]:
+        """Item numbers of the segment at ``start``: training and validation."""
+        c, n = self.config, self.task.items
+        train, valid = [], []
+        for seed in c.group:
+            idx = train_indices(n, c.batch, seed, start, c.segment, device=self.device)
+            train.append(idx)
+            if c.method.batches is not None:
+                valid.append(self._validation(seed, start, idx))
+        return torch.stack(train), torch.stack(valid) if valid else None
+
+    def _validation(self, seed: int, start: int, train: Tensor) -> Tensor:
+        c, n = self.config, self.task.items
+        n_c, mode = c.method.batches
+        found = []
+        for d, used in enumerate(train.split(c.method.interval)):
+            decision = start // c.method.interval + d
+            if mode == "fixed":
+                decision, used = 0, None
+            kind = "iid" if mode == "iid" else "disjoint"
+            found.append(
+                valid_indices(
+                    n, c.batch, seed, decision, n_c, used, kind, device=self.device
+                )
+            )
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def advance(self, state: State) -> State:
+        c, start = self.config, int(state["step"])
+        end = start + c.segment
+        train, valid = self.batches(start)
+        method, trace = self.segment(state["method"], train, valid)
+        for name, values in state["trace"].items():
+            width = trace[name].shape[1]
+            at = start // c.segment * width
+            values[:, at : at + width] = trace[name].cpu()
+        if end in c.marks:
+            for name, look in self.looks.items():
+                value = look(method["params"]).cpu()
+                state["looks"][name][:, c.marks.index(end)] = value
+        if "audit" in state and end % (c.segment * c.audit_every) == 0:
+            at = end // (c.segment * c.audit_every) - 1
+            for side, name in enumerate(CANDIDATES):
+                value = self.looks["full_loss"](trace["candidates"][:, side])
+                state["audit"][name][:, at] = value.cpu()
+            for name in c.method.traces:
+                state["audit"][name][:, at] = trace[name][:, -1].cpu().double()
+        return state | {"method": method, "step": torch.tensor(end)}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        c = self.config
+        keep = [seed - c.group[0] for seed in c.seeds]
+        arrays = summarize(state["trace"]["loss"][keep])
+        if c.method.traces:
+            decisions = log_spaced(1, c.steps // c.method.interval, 300)
+            arrays["decisions"] = torch.tensor(decisions)
+            for name in c.method.traces:
+                arrays[name] = state["trace"][name][keep][:, arrays["decisions"] - 1]
+            arrays["use_l2o"] = state["trace"]["use_l2o"][keep].to(torch.uint8)
+        arrays["marks"] = torch.tensor(c.marks)
+        arrays |= {name: values[keep] for name, values in state["looks"].items()}
+        for name, values in state.get("audit", {}).items():
+            arrays[f"audit.{name}"] = values[keep].float()
+        cost = c.method.cost(c.optimizee, c.batch, self.task.items)
+        for name, value in vars(cost).items():
+            arrays[name] = torch.tensor([value], dtype=torch.float64)
+        return arrays
+
+
+BURN_IN = 300
+"""The step from which on a loss is smoothed (LGL2O, App. E)."""
+
+
+def summarize(
+    loss: Tensor, points: int = 300, window: int = 100, burn_in: int = BURN_IN
+) -> Trace:
+    """Thin losses ``[R, K]`` to curves at about ``points`` log-spaced steps.
+
+    ``steps [P]`` (1-based), ``loss [R, P]`` at exactly these steps, ``bin_mean [R, P]``
+    over the steps after the previous point up to this one (the whole run without gaps,
+    so means over windows between points stay exact), and ``smooth [R, P]``, the
+    trailing mean of ``window`` steps from step ``burn_in`` on, before it the loss as it
+    is (LGL2O, App. E; window ours).
+    """
+    steps = log_spaced(1, loss.shape[1], points)
+    ends = torch.tensor(steps)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    trailing = torch.where(ends >= burn_in, (ends - window).clamp(min=0), ends - 1)
+
+    def means(first: Tensor) -> Tensor:
+        spans = zip(first.tolist(), steps, strict=True)
+        return torch.stack([loss[:, a:b].double().mean(1) for a, b in spans], 1).float()
+
+    return {
+        "steps": ends,
+        "loss": loss[:, ends - 1],
+        "bin_mean": means(starts),
+        "smooth": means(trailing),
+    }

@@ -1,0 +1,432 @@
+"""The ledger: statistics, definitions of words, verdicts, hashes, negative controls."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import random_numbers
+from scipy.stats import permutation_test
+
+from l2olib import claims
+from l2olib.claims import (
+    LEDGER,
+    Cheaper,
+    Claim,
+    Diverges,
+    FewerHyperparameters,
+    Later,
+    Learns,
+    Lower,
+    NotTestable,
+    NotWorse,
+    Switching,
+    divergence,
+    holm,
+    judge,
+    sign_flip,
+    window_mean,
+)
+from l2olib.experiments import ExperimentError
+from l2olib.train import summarize
+
+# ---- statistics ----------------------------------------------------------------------
+
+
+def p_of(*values: float) -> float:
+    return sign_flip(torch.tensor(values))
+
+
+def test_sign_flip_by_hand():
+    assert p_of(-1.0) == 1 / 2
+    assert p_of(1.0) == 1.0
+    assert p_of(-1, -2, -3, -4, -5) == 1 / 32
+    assert p_of(-1, -2, -3, -4) == 1 / 16
+    # Patterns of (+-1, +-2, +-3) whose sum is at most 1 - 2 - 3 = -4: two of eight.
+    assert p_of(1.0, -2.0, -3.0) == 2 / 8
+    # All equal: the share of patterns with at most one plus sign of four.
+    assert p_of(-2, -2, -2, 2) == 5 / 16
+    assert p_of(0.0, 0.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n", [3, 6, 9])
+def test_sign_flip_equals_scipy(seed, n):
+    d = random_numbers(seed, n) - 0.4
+    expected = permutation_test(
+        (d.numpy(), torch.zeros(n).numpy()),
+        lambda a, b, axis: (a - b).mean(axis=axis),
+        permutation_type="samples",
+        alternative="less",
+        n_resamples=math.inf,
+        vectorized=True,
+    ).pvalue
+    assert sign_flip(d) == pytest.approx(expected, rel=1e-12)
+
+
+def test_sign_flip_of_many_pairs_is_close_to_the_exact_one():
+    """17 pairs are drawn, not enumerated: within five standard errors."""
+    d = random_numbers(0, 17) - 0.3
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=17))).double()
+    exact = ((signs @ d) <= d.sum() + 1e-12).double().mean().item()
+    assert abs(sign_flip(d) - exact) < 5 * math.sqrt(exact * (1 - exact) / 1e5)
+    assert sign_flip(d) == sign_flip(d)
+    assert sign_flip(-torch.ones(25)) == pytest.approx(1e-5, rel=0.01)
+
+
+def test_sign_flip_is_calibrated():
+    """Under symmetric noise, p < 0.05 happens in at most about 5% of the cases."""
+    p = torch.tensor([sign_flip(d) for d in random_numbers(3, 400, 8)])
+    assert (p < 0.05).double().mean() < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_sign_flip_refuses_what_is_not_finite(bad):
+    with pytest.raises(ValueError, match="must be finite"):
+        p_of(-1.0, -1.0, -1.0, -1.0, -1.0, bad)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.04]) == [0.04]
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
+    assert holm([0.02, 0.02, 0.001, 0.9]) == pytest.approx([0.06, 0.06, 0.004, 0.9])
+    # An adjusted value never falls below one with a smaller p.
+    assert holm([0.01, 0.011]) == pytest.approx([0.02, 0.02])
+    assert holm([]) == []
+
+
+def test_detectable_effect():
+    # z(0.95) + z(0.8) = 1.6449 + 0.8416, times s / sqrt(n).
+    d = torch.tensor([1.0, 3.0, 1.0, 3.0])
+    assert claims.detectable(d) == pytest.approx(2.4865 * d.std().item() / 2, rel=1e-3)
+
+
+# ---- reading curves ------------------------------------------------------------------
+
+
+def run(loss: torch.Tensor, **more) -> dict[str, torch.Tensor]:
+    """Curves as an experiment's records give them."""
+    return summarize(loss.float()) | more
+
+
+def flat(value: float, seeds: int = 6, steps: int = 10_000, spread: float = 0.0):
+    level = value + spread * torch.arange(seeds)[:, None]
+    return run(level.expand(seeds, steps))
+
+
+def test_window_mean_is_exact_between_recorded_points():
+    loss = random_numbers(0, 2, 10_000)
+    arrays = run(loss)
+    points = [0, *arrays["steps"].tolist()]
+    for a, b in [(0, 3), (4, 40), (10, 80), (4, 104), (60, 299)]:
+        window = (points[a], points[b]) if b < len(points) else (points[a], points[-1])
+        expected = loss[:, window[0] : window[1]].mean(1)
+        assert torch.allclose(window_mean(arrays, window), expected, atol=1e-6)
+
+
+def test_window_mean_snaps_to_the_nearest_points():
+    loss = torch.arange(1.0, 10_001).repeat(1, 1)
+    arrays = run(loss)
+    exact = (1_001 + 10_000) / 2
+    assert window_mean(arrays, (1_000, 10_000)).item() == pytest.approx(exact, rel=0.01)
+
+
+def test_a_window_beyond_the_records_cannot_be_tested():
+    with pytest.raises(NotTestable, match="end at step 1000, before 1001"):
+        window_mean(run(torch.ones(1, 1000)), (0, 1001))
+
+
+# ---- divergence ----------------------------------------------------------------------
+
+STEPS = torch.arange(1, 10_001).double()
+
+
+def falling_then(factor: float, at: int = 2_000) -> torch.Tensor:
+    """Fall to 1 at step `at`, then rise linearly to `factor` at the end."""
+    fall = 3 - 2 * STEPS / at
+    rise = 1 + (factor - 1) * (STEPS - at) / (10_000 - at)
+    return torch.where(STEPS <= at, fall, rise)
+
+
+def test_divergence_on_curves_drawn_by_hand():
+    noisy = 0.3 + 0.25 * random_numbers(2, 10_000).clamp(-1, 1)
+    noisy[1_000:] += 0.02  # no trend worth the name
+    rows = {
+        "falls": 3 - 2.9 * STEPS / 10_000,
+        "flat": torch.ones(10_000),
+        "rises little": falling_then(1.4),
+        "rises": falling_then(3.0, at=500),
+        "comes back below its start": falling_then(1.6, at=2_000),
+        "bump": 1 + 3 * torch.exp(-(((STEPS - 5_000) / 500) ** 2)),
+        "noise around one level": noisy,
+        "nan at the end": torch.where(STEPS > 9_000, math.nan, 1.0),
+        "one infinite loss": torch.where(STEPS == 4_444, math.inf, 1.0),
+    }
+    diverged, onset = divergence(run(torch.stack(list(rows.values()))))
+    found = dict(zip(rows, diverged.tolist(), strict=True))
+    when = dict(zip(rows, onset.tolist(), strict=True))
+    assert [name for name, yes in found.items() if yes] == [
+        "rises",
+        "nan at the end",
+        "one infinite loss",
+    ]
+    # 1.5 is reached 1/4 of the way from step 500, 50 steps later in the trailing mean.
+    assert when["rises"] == pytest.approx(500 + 9_500 / 4 + 50, rel=0.05)
+    assert when["nan at the end"] == pytest.approx(9_001, rel=0.05)
+    assert when["one infinite loss"] == pytest.approx(4_444, rel=0.05)
+    assert when["falls"] == when["bump"] == 0
+
+
+def test_divergence_needs_smoothed_losses():
+    with pytest.raises(NotTestable, match="end before step 300"):
+        divergence(run(torch.ones(2, 200)))
+
+
+def test_diverges_counts_seeds_and_checks_the_time():
+    bad, good = falling_then(3.0, at=500), torch.ones(10_000)
+    curves = {
+        "A": run(torch.stack([bad] * 4 + [good])),
+        "B": run(torch.stack([good] * 4 + [bad])),
+        "C": run(torch.stack([bad] * 3 + [good] * 2)),
+        "few": run(torch.stack([bad] * 4)),
+    }
+    assert Diverges("f", "A")(curves).passed
+    assert not Diverges("f", "B")(curves).passed
+    assert Diverges("f", "B", expected=False)(curves).passed
+    assert not Diverges("f", "A", expected=False)(curves).passed
+    for expected in (True, False):
+        assert not Diverges("f", "C", expected)(curves).passed
+    assert Diverges("f", "A", between=(2_000, 4_000))(curves).passed
+    assert not Diverges("f", "A", between=(300, 2_000))(curves).passed
+    with pytest.raises(NotTestable, match="4 seeds are fewer than 5"):
+        Diverges("f", "few")(curves)
+    with pytest.raises(NotTestable, match="end at step 10000"):
+        Diverges("f", "A", between=(1, 20_000))(curves)
+
+
+# ---- comparisons ---------------------------------------------------------------------
+
+WINDOW = (100, 1_000)
+
+
+def test_lower_and_its_lead():
+    curves = {"A": flat(1.0, spread=0.01), "B": flat(1.2, spread=0.01)}
+    assert Lower("f", "A", "B", WINDOW)(curves).passed
+    assert Lower("f", "A", "B", WINDOW, by=0.19)(curves).passed
+    assert not Lower("f", "A", "B", WINDOW, by=0.21)(curves).passed
+    assert not Lower("f", "B", "A", WINDOW)(curves).passed
+    assert not Lower("f", "A", "A", WINDOW)(curves).passed
+
+
+def test_not_worse_has_a_margin():
+    """0.02 nat, or 5% of the reference's where that is below 0.1."""
+    for level, margin in ((1.0, 0.02), (0.05, 0.0025)):
+        near, far = flat(level + 0.9 * margin), flat(level + 1.1 * margin)
+        curves = {"R": flat(level), "near": near, "far": far}
+        assert NotWorse("f", "near", "R", WINDOW)(curves).passed
+        assert NotWorse("f", "R", "R", WINDOW)(curves).passed
+        assert not NotWorse("f", "far", "R", WINDOW)(curves).passed
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_worse_than_any_other(bad):
+    broken = torch.ones(6, 10_000)
+    broken[:, 500] = bad
+    curves = {"A": run(broken), "B": flat(50.0)}
+    assert not Lower("f", "A", "B", WINDOW)(curves).passed
+    assert not NotWorse("f", "A", "B", WINDOW)(curves).passed
+    assert Lower("f", "B", "A", WINDOW)(curves).passed
+    assert NotWorse("f", "B", "A", WINDOW)(curves).passed
+    assert not NotWorse("f", "A", "A", WINDOW)(curves).passed
+
+
+def test_too_few_seeds_or_steps_or_methods():
+    curves = {"A": flat(1.0, seeds=4), "B": flat(2.0, seeds=4)}
+    with pytest.raises(NotTestable, match="4 seeds are fewer than 5"):
+        Lower("f", "A", "B", WINDOW)(curves)
+    with pytest.raises(NotTestable, match="end at step 10000, before 20000"):
+        NotWorse("f", "A", "B", (0, 20_000))(curves)
+    with pytest.raises(NotTestable, match="no record of C"):
+        Lower("f", "A", "C", WINDOW)(curves)
+
+
+def test_later():
+    loss = torch.linspace(2, 1, 10_000).repeat(5, 1)
+    curves = {"A": run(loss), "B": run(loss.flip(1))}
+    assert Later("f", "A", (9_000, 10_000), (0, 1_000))(curves).passed
+    assert not Later("f", "B", (9_000, 10_000), (0, 1_000))(curves).passed
+
+
+def test_switching():
+    def shares(early: float, late: float, seeds: int = 6):
+        gen = torch.Generator().manual_seed(0)
+        level = torch.linspace(early, late, 1_000).repeat(seeds, 1)
+        return {"use_l2o": torch.bernoulli(level, generator=gen).byte()}
+
+    test = Switching("f", "G")
+    assert test({"G": shares(0.9, 0.2)}).passed
+    assert not test({"G": shares(0.2, 0.9)}).passed
+    assert not test({"G": shares(0.5, 0.5)}).passed
+    final = shares(0.9, 0.5)
+    final["use_l2o"][:, -100:] = 0
+    assert not test({"G": final}).passed, "for good is not a drift"
+
+
+def test_learns():
+    bar = 0.75 * math.log(10)
+
+    def last(value):
+        return {"z/d": {"selected.last": torch.full((6,), value)}}
+
+    for value, learned in ((bar - 0.1, True), (bar + 0.1, False), (math.nan, False)):
+        assert Learns("f", "z", "d", 10)(last(value)).passed is learned
+        assert Learns("f", "z", "d", 10, expected=False)(last(value)).passed is (
+            not learned
+        )
+
+
+def test_costs_and_hyperparameters():
+    curves = {
+        "A": {"flops": torch.tensor([2.0]), "hyperparameters": torch.tensor([2, 2])},
+        "B": {"flops": torch.tensor([3.0]), "hyperparameters": torch.tensor([3])},
+    }
+    assert Cheaper("f", "A", "B", "flops")(curves).passed
+    assert not Cheaper("f", "B", "A", "flops")(curves).passed
+    assert not Cheaper("f", "A", "A", "flops")(curves).passed
+    assert FewerHyperparameters("f", "A", "B")(curves).passed
+    assert not FewerHyperparameters("f", "A", "A")(curves).passed
+
+
+# ---- verdicts ------------------------------------------------------------------------
+
+
+def claim(*tests, name="X1") -> Claim:
+    return Claim(name, "chapter", "source", "statement", tests)
+
+
+def verdict_of(one: Claim, curves, known=None):
+    hashes = {one.id: one.hashes.get("f", "")} if known is None else known
+    (verdict,) = judge([one], lambda experiment: (curves, hashes))
+    return verdict
+
+
+CURVES = {"A": flat(1.0, spread=0.01), "B": flat(1.5, spread=0.01)}
+A_WINS = Lower("f", "A", "B", WINDOW)
+B_WINS = Lower("f", "B", "A", WINDOW)
+
+
+def test_verdicts():
+    assert verdict_of(claim(A_WINS), CURVES).verdict == "reproduced"
+    assert verdict_of(claim(B_WINS), CURVES).verdict == "not reproduced"
+    assert verdict_of(claim(A_WINS, B_WINS), CURVES).verdict == "partly"
+    missing = Lower("f", "A", "C", WINDOW)
+    assert verdict_of(claim(missing), CURVES).verdict == "not testable yet"
+    assert verdict_of(claim(A_WINS, missing), CURVES).verdict == "partly"
+
+
+def test_swapped_labels_flip_the_verdict():
+    """The negative control of the protocol, on every comparison of two methods."""
+    swapped = {"A": CURVES["B"], "B": CURVES["A"]}
+    for test in (A_WINS, NotWorse("f", "A", "B", WINDOW), replace(A_WINS, by=0.3)):
+        assert verdict_of(claim(test), CURVES).verdict == "reproduced"
+        assert verdict_of(claim(test), swapped).verdict == "not reproduced"
+
+
+def test_holm_runs_over_the_rows_of_the_chapter():
+    """p = 1/64 with six pairs: it survives three rows (3/64), and not four (4/64)."""
+    for rows, expected in ((3, "reproduced"), (4, "partly")):
+        verdicts = judge(
+            [claim(A_WINS, name=f"X{k}") for k in range(rows)],
+            lambda experiment: (CURVES, {}),
+        )
+        assert all(v.p == pytest.approx(rows / 64) for v in verdicts)
+        assert {v.verdict for v in verdicts} == {expected}
+
+
+def test_a_rows_p_value_is_its_largest():
+    weak = Lower("f", "A", "W", WINDOW)
+    level = torch.tensor([1.1, 1.1, 1.1, 1.1, 1.1, 0.97])[:, None]
+    curves = CURVES | {"A": flat(1.0), "W": run(level.expand(6, 10_000))}
+    found = verdict_of(claim(A_WINS, weak), curves)
+    ps = [outcome.p for _, outcome in found.findings]
+    assert ps[0] == 1 / 64 and ps[1] == 2 / 64
+    assert found.p == ps[1]
+
+
+def test_a_missing_experiment_is_not_testable():
+    def load(experiment):
+        raise NotTestable("not recorded")
+
+    (found,) = judge([claim(A_WINS)], load)
+    assert found.verdict == "not testable yet"
+    assert found.findings[0][1] == "not recorded"
+
+
+# ---- hashes --------------------------------------------------------------------------
+
+
+def test_post_hoc():
+    one = claim(A_WINS)
+    assert not verdict_of(one, CURVES).post_hoc
+    assert verdict_of(one, CURVES, known={}).post_hoc
+    changed = claim(replace(A_WINS, window=(100, 999)))
+    assert verdict_of(changed, CURVES, known={"X1": one.hashes["f"]}).post_hoc
+
+
+def test_hashes_are_stable_and_see_every_change():
+    # Written down once: a hash in an old record must mean the same test for ever.
+    assert claim(A_WINS).hashes == {"f": "19e4b19ebdac"}
+    others = [
+        replace(A_WINS, window=(101, 1_000)),
+        replace(A_WINS, by=0.01),
+        replace(A_WINS, reference="C"),
+        NotWorse("f", "A", "B", WINDOW),
+        B_WINS,
+    ]
+    hashes = {claim(test).hashes["f"] for test in [*others, A_WINS]}
+    hashes.add(claim(A_WINS, B_WINS).hashes["f"])
+    assert len(hashes) == len(others) + 2
+
+
+def test_a_change_concerns_only_the_experiment_it_reads():
+    elsewhere = Lower("g", "A", "B", WINDOW)
+    one, two = claim(A_WINS, elsewhere), claim(A_WINS, replace(elsewhere, by=1.0))
+    assert one.hashes["f"] == two.hashes["f"]
+    assert one.hashes["g"] != two.hashes["g"]
+
+
+# ---- the ledger ----------------------------------------------------------------------
+
+
+def test_the_ledger_can_be_judged_without_records(monkeypatch, tmp_path):
+    """Every row has a verdict from code, whatever is missing."""
+    monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
+    verdicts = claims.report()
+    assert [v.claim.id for v in verdicts] == [c.id for c in LEDGER]
+    assert {v.verdict for v in verdicts} == {"not testable yet"}
+    text = claims.markdown(verdicts)
+    assert len(text.splitlines()) == 2 + len(LEDGER)
+    assert all(line.count("|") == 5 for line in text.splitlines())
+
+
+def test_the_ledger_holds_the_claims_of_these_figures():
+    ids = [c.id for c in LEDGER]
+    assert len(ids) == len(set(ids))
+    assert {"B1", "B2", "B3", *(f"B{k}" for k in range(12, 17))} <= set(ids)
+    for one in LEDGER:
+        assert one.tests, one.id
+        assert all(str(test) and "<" not in str(test) for test in one.tests)
+
+
+def test_unknown_claims_are_refused():
+    with pytest.raises(ExperimentError, match="no claim 'B99': choose from B1, B2"):
+        claims.report("B99")
+
+
+def test_records_remember_the_tests_that_read_them():
+    remembered = claims.hashes_for("lgl2o.fig3")
+    readers = {c.id for c in LEDGER for t in c.tests if t.experiment == "lgl2o.fig3"}
+    assert set(remembered) == readers >= {"B2", "B3"}
+    assert claims.hashes_for("nothing") == {}

@@ -1,0 +1,280 @@
+"""The command line: what it does, and how it refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from problems import SRC, make_toy_data, make_toy_table  # noqa: F401
+
+from l2olib import data, experiments, records, train
+from l2olib.__main__ import duration, main
+from l2olib.records import Record
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run one command; return its status, and the lines of stdout and stderr."""
+
+    def call(*argv: str) -> tuple[int, list[str], list[str]]:
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return call
+
+
+def refused(result, *words: str) -> None:
+    """Status 2, one sentence on stderr with these words, nothing on stdout after it."""
+    status, _, err = result
+    assert status == 2
+    assert len(err) == 1 or err[0].startswith("usage:"), err
+    assert all(word in err[-1] for word in words), err[-1]
+    assert "Traceback" not in "".join(err)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+# ---- what it does --------------------------------------------------------------------
+
+
+def test_run_computes_what_is_missing_and_skips_what_is_done(toy_table, cli):
+    status, out, err = cli("run", "toy.*")
+    assert (status, err) == (0, [])
+    assert [line for line in out if line[0] != " "][:2] == [
+        "toy.train toy-lstm (laptop)",
+        "toy.fig L2O/0 (laptop)",
+    ]
+    made = files(toy_table)
+    assert len(made) == 7 and not any("scratch" in name for name in made)
+    assert cli("run", "toy.*") == (0, [], [])
+    assert files(toy_table) == made
+
+
+def test_run_redoes_what_is_stale(toy_table, cli):
+    cli("run", "toy.*")
+    run = experiments.find("toy.fig")[0].runs("laptop")[0]
+    old = Record.load(run.path)
+    Record(old.config | {"version": 0}, old.arrays, old.provenance).save(run.path)
+    assert run.state() == "stale"
+    status, out, _ = cli("run", "toy.*")
+    assert status == 0 and out[0] == "toy.fig L2O/0 (laptop)" and len(out) == 2
+    assert Record.load(run.path).digest == old.digest
+
+
+def test_run_only_some_and_redo(toy_table, cli):
+    cli("run", "toy.train")
+    status, out, _ = cli("run", "toy.fig", "--only", "*/1")
+    assert status == 0 and len(out) == 6
+    assert cli("run", "toy.fig", "--only", "SGD/1")[1] == []
+    assert len(cli("run", "toy.fig", "--only", "SGD/1", "--redo")[1]) == 2
+    refused(cli("run", "toy.fig", "--only", "SDG*"), "no run matches 'SDG*'")
+
+
+def test_list(toy_table, cli):
+    cli("run", "toy.*")
+    status, out, _ = cli("list", "toy.*", "--runs")
+    assert status == 0
+    assert out[0].startswith("toy.train") and "1/1" in out[0] and "A toy" in out[0]
+    assert "6/6" in next(line for line in out if line.startswith("toy.fig"))
+    assert sum("done" in line and line.startswith("    ") for line in out) == 7
+    everything = cli("list")[1]
+    assert len(everything) == len(experiments.EXPERIMENTS)
+
+
+def test_claims(toy_table, cli):
+    status, out, _ = cli("claims", "B1*")
+    assert status == 0
+    assert [line.split()[0] for line in out if line[0] != " "] == [
+        "B1", "B12", "B13", "B14", "B15", "B16"
+    ]  # fmt: skip
+    assert all("not testable yet" in line for line in out if line[0] != " ")
+
+
+def test_data(toy_table, cli, monkeypatch):
+    monkeypatch.setenv("L2OLIB_DATA", str(toy_table))
+    assert cli("data", "moons") == (0, [f"data sets are in {toy_table}"], [])
+
+
+def test_a_time_limit_is_no_failure(toy_table, cli, monkeypatch):
+    """Stopped by the limit, status 0; the same commands later end with one digest."""
+    cli("run", "toy.*")
+    path = experiments.find("toy.fig")[0].runs("laptop")[2].path
+    expected = Record.load(path).digest
+    path.unlink()
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            Clock.now += 1.0
+            return Clock.now
+
+        def process_time(self):
+            return 0.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "time", Clock())
+        # One piece fits between the first reading of the clock and the third.
+        status, out, _ = cli("run", "toy.fig", "--time-limit", "4s")
+    assert status == 0
+    assert out[-1].startswith("stopped at 10 of 20 by the time limit; run the same")
+    assert not path.exists()
+    status, out, _ = cli("run", "toy.fig")
+    assert status == 0 and len(out) == 2
+    assert Record.load(path).digest == expected
+    assert not list((toy_table / "data" / "scratch").rglob("*.checkpoint"))
+
+
+def test_interrupted(toy_table, cli, monkeypatch):
+    def stop(*_args, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "drive", stop)
+    status, _, err = cli("run", "toy.train")
+    assert status == 130 and err == ["l2olib: interrupted; the last checkpoint is kept"]
+
+
+def test_the_module_can_be_run():
+    environment = os.environ | {"PYTHONPATH": SRC}
+    command = [sys.executable, "-m", "l2olib", "run", "lgl2o.fig33"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        "l2olib: there is no experiment 'lgl2o.fig33': choose"
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---- how it refuses ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["command"]),
+        (["fly"], ["invalid choice: 'fly'"]),
+        (["run"], ["pattern"]),
+        (["run", "x", "--profile", "huge"], ["'huge'", "smoke", "laptop", "paper"]),
+        (["run", "nothing"], ["no experiment 'nothing'", "lgl2o.fig3"]),
+        (["list", "nothing"], ["no experiment 'nothing'"]),
+        (["claims", "B99"], ["no claim 'B99'"]),
+        (["data", "mnits"], ["no data set 'mnits'", "mnist"]),
+        (["run", "x", "--time-limit", "soon"], ["'soon' is no duration", "8m"]),
+        (["run", "x", "--time-limit", "0m"], ["'0m' is no duration"]),
+        (["run", "x", "--device", "tpu"], ["no device 'tpu'", "cpu"]),
+        (["run", "x", "--device", "cuda:99"], ["no device 'cuda:99'"]),
+        (["run", "x", "--speed"], ["--speed"]),
+    ],
+)
+def test_wrong_arguments(argv, words, cli):
+    refused(cli(*argv), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("8m", 480), ("2h", 7200), ("0.5h", 1800)],
+)
+def test_durations(text, seconds):
+    assert duration(text) == seconds
+
+
+def test_missing_weights(toy_table, cli):
+    refused(cli("run", "toy.fig"), "no weights toy-lstm", "meta-train them first")
+    assert files(toy_table) == {}
+
+
+def test_weights_of_another_architecture(toy_table, cli):
+    cli("run", "toy.train")
+    (run,) = experiments.find("toy.train")[0].runs("laptop")
+    old = Record.load(run.path)
+    config = old.config | {"work": old.config["work"] | {"optimizer": {"hidden": 9}}}
+    Record(config, old.arrays, old.provenance).save(run.path)
+    before = files(toy_table)
+    refused(cli("run", "toy.fig"), "weights of the same architecture")
+    assert files(toy_table) == before
+
+
+def test_a_damaged_record_is_not_overwritten(toy_table, cli):
+    cli("run", "toy.*")
+    run = experiments.find("toy.fig")[0].runs("laptop")[2]
+    whole = run.path.read_bytes()
+    run.path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    before = files(toy_table)
+    refused(cli("run", "toy.fig"), "LGL2O/0.safetensors is damaged", "delete it")
+    assert files(toy_table) == before
+    assert cli("run", "toy.fig", "--redo", "--only", "LGL2O/0")[0] == 0
+    assert run.state() == "done"
+
+
+def test_damaged_weights(toy_table, cli):
+    cli("run", "toy.*")
+    path = toy_table / "data" / "optimizers" / "toy-lstm.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    before = files(toy_table)
+    for pattern in ("toy.train", "toy.fig"):
+        refused(cli("run", pattern), "toy-lstm.safetensors is damaged")
+    assert files(toy_table) == before
+    status, out, _ = cli("list", "toy.fig")
+    assert status == 0 and "2/6" in out[0]
+
+
+def test_a_checkpoint_of_another_configuration(toy_table, cli):
+    cli("run", "toy.train")
+    figure = experiments.find("toy.fig")[0].runs("laptop")
+    records.write(figure[0].checkpoint, {}, {"key": "of something else"})
+    before = files(toy_table)
+    refused(
+        cli("run", "toy.fig"),
+        "data/scratch/laptop/toy.fig/L2O/0.checkpoint",
+        "another configuration",
+        "delete it",
+    )
+    assert files(toy_table) == before
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """MNIST is neither here nor to be had."""
+
+    def download(folder):
+        raise OSError("no network")
+
+    entry = data._FILES["mnist"]
+    fields = {"unpack": "mnist", "needs": entry.needs, "read": entry.read}
+    monkeypatch.setitem(data._FILES, "mnist", data._Files(**fields, download=download))
+    monkeypatch.setenv("L2OLIB_DATA", str(tmp_path / "raw"))
+    monkeypatch.setenv("L2OLIB_SHARED_DATA", str(tmp_path / "none"))
+    loaded = dict(data._loaded)
+    data._loaded.clear()
+    yield tmp_path / "raw"
+    data._loaded.clear()
+    data._loaded.update(loaded)
+
+
+def test_missing_data(toy_table, cli, no_network):
+    result = cli("run", "lgl2o.metatrain", "--only", "*-0")
+    refused(result, "mnist", "missing", "python -m l2olib data mnist")
+    assert not list((toy_table / "data").rglob("*"))
+    refused(cli("data", "mnist"), "mnist", "no network")
+
+
+def test_a_truncated_data_file(toy_table, cli, no_network):
+    for name in data._FILES["mnist"].needs:
+        file = no_network / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"\x00\x00\x08\x03")
+    before = files(toy_table)
+    result = cli("run", "lgl2o.metatrain", "--only", "*-0")
+    refused(result, "train-images-idx3-ubyte is damaged", "sha256")
+    assert files(toy_table) == before

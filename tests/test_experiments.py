@@ -1,0 +1,301 @@
+"""The table of experiments: states of runs, weights, record mode, joined curves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import make_toy_data, make_toy_table  # noqa: F401
+
+from l2olib import claims, experiments, records
+from l2olib.experiments import EXPERIMENTS, PROFILES, ExperimentError, find, results
+from l2olib.guards import LGL2O
+from l2olib.learned.lstm import LSTMOptimizer
+from l2olib.metatrain.truncated import MetaTraining
+from l2olib.records import Record, RecordError
+from l2olib.train import Alone, Training
+
+
+def runs(name: str, profile: str = "laptop", **options):
+    return find(name)[0].runs(profile, **options)
+
+
+def record_all(*names: str) -> None:
+    for name in names:
+        for run in runs(name):
+            run.execute(checkpoint=False).save(run.path)
+
+
+# ---- the book's own table ------------------------------------------------------------
+
+
+def test_every_entry_builds_its_runs():
+    """Names are unique, groups cover the seeds, and everything can be described."""
+    paths: dict = {}
+    for entry in EXPERIMENTS.values():
+        for profile in entry.profiles:
+            found = entry.runs(profile)
+            assert found, entry.id
+            for run in found:
+                spec = records.canonical(records.spec(run.work))
+                assert paths.setdefault((profile, run.path), spec) == spec
+                assert run.work.seconds() > 0
+                if isinstance(run.work, Training):
+                    assert run.work.digests == {}
+                    learned = {
+                        role
+                        for role, o in run.work.method.optimizers.items()
+                        if o.init_meta(0)
+                    }
+                    assert set(run.work.weights) == learned
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_methods_of_a_figure_are_paired(profile):
+    """All methods of figure 3 share data, optimizee, batch, steps and seeds."""
+    settings = {}
+    for run in runs("lgl2o.fig3", profile):
+        w = run.work
+        key = (w.optimizee, w.data, w.batch, w.steps, w.replicas)
+        settings.setdefault(key, {}).setdefault(run.label, []).extend(w.seeds)
+    (by_method,) = settings.values()
+    assert len({tuple(seeds) for seeds in by_method.values()}) == 1
+    assert {"L2O", "LGL2O", "SGD", "SGD+momentum", "Adam"} <= set(by_method)
+
+
+def test_the_papers_settings():
+    """The settings of the issue and of the spec card, as the table has them."""
+    first = runs("lgl2o.metatrain")[0].work
+    assert (first.data, first.rollouts, first.rollout) == ("mnist", 2_000, 100)
+    assert (first.truncation, first.batch, first.seed) == (20, 128, 0)
+    assert first.optimizee.layout.n == 15_910
+    rollouts = {
+        profile: [r.work.rollouts for r in runs("lgl2o.metatrain", profile)]
+        for profile in ("laptop", "paper")
+    }
+    assert rollouts == {"laptop": [2_000, 500, 500], "paper": [2_000] * 5}
+    assert {r.work.data for r in runs("lgl2o.fig2")} == {
+        "mnist", "fashion-mnist", "cifar10", "circles", "moons", "spirals"
+    }  # fmt: skip
+    guard = next(r.work.method for r in runs("lgl2o.fig3") if r.label == "LGL2O")
+    assert isinstance(guard, LGL2O)
+    assert (guard.n_t, guard.n_c, guard.validation) == (10, 10, "disjoint")
+    schedule = guard.fallback.lr
+    assert (schedule.lr0, schedule.tau, schedule.power) == (3.0, 50_000.0, 1.5)
+    laptop = runs("lgl2o.fig3")
+    assert all(r.work.data == "mnist" and r.work.steps >= 10_000 for r in laptop)
+    assert len({s for r in laptop for s in r.work.seeds}) >= 5
+
+
+def test_smoke_runs_need_no_download():
+    for entry in EXPERIMENTS.values():
+        for run in entry.runs("smoke"):
+            assert run.work.data in (
+                "digits",
+                "digits28",
+                "moons",
+                "circles",
+                "spirals",
+            )
+
+
+def test_unknown_ids_and_profiles_are_refused():
+    with pytest.raises(
+        ExperimentError, match="no experiment 'lgl2o.fig33': choose from"
+    ):
+        find("lgl2o.fig33")
+    with pytest.raises(ExperimentError, match="no profile 'huge': use smoke, laptop"):
+        runs("lgl2o.fig3", "huge")
+    assert {e.id for e in find("lgl2o.*")} == set(EXPERIMENTS)
+
+
+# ---- states of a run -----------------------------------------------------------------
+
+
+def test_states(toy_table):
+    (train,), figure = runs("toy.train"), runs("toy.fig")
+    assert train.state() == "missing"
+    assert train.path == toy_table / "data" / "optimizers" / "toy-lstm.safetensors"
+    assert [r.state() for r in figure if r.label != "SGD"] == ["needs toy-lstm"] * 4
+    assert [r.state() for r in figure if r.label == "SGD"] == ["missing"] * 2
+    record_all("toy.train", "toy.fig")
+    assert {r.state() for r in runs("toy.fig")} == {"done"}
+    # Everything that determines a result makes it stale.
+    run = runs("toy.fig")[0]
+    for other in (
+        replace(run, version=2),
+        replace(run, work=replace(run.work, batch=9)),
+        replace(run, work=replace(run.work, seeds=(0, 1))),
+        replace(
+            run, work=replace(run.work, method=Alone(LSTMOptimizer(hidden=3, p=9.0)))
+        ),
+    ):
+        assert other.state() == "stale"
+    content = run.path.read_bytes()
+    run.path.write_bytes(content[:-1])
+    assert run.state() == "damaged"
+
+
+def test_new_weights_make_a_figure_stale(toy_table):
+    record_all("toy.train", "toy.fig")
+    (train,) = runs("toy.train")
+    old = Record.load(train.path)
+    arrays = old.arrays | {"meta.b_out": old.arrays["meta.b_out"] + 1e-3}
+    Record(old.config, arrays, old.provenance).save(train.path)
+    for run in runs("toy.fig"):
+        assert run.state() == ("done" if run.label == "SGD" else "stale")
+
+
+def test_the_same_run_twice_gives_one_digest_and_its_provenance(toy_table):
+    record_all("toy.train")
+    run = runs("toy.fig")[2]
+    first, second = (run.execute(checkpoint=False) for _ in range(2))
+    assert first.digest == second.digest
+    facts = first.provenance
+    assert facts["profile"] == "laptop" and facts["data"] == "toy"
+    assert len(facts["data_sha256"]) == 64 and facts["device"].startswith("cpu")
+
+
+# ---- weights -------------------------------------------------------------------------
+
+
+def test_weights_of_another_architecture_are_refused(toy_table):
+    record_all("toy.train")
+    run = runs("toy.fig")[0]
+    for other in (LSTMOptimizer(hidden=4), LSTMOptimizer(hidden=3, scale=0.01)):
+        changed = replace(run, work=replace(run.work, method=Alone(other)))
+        with pytest.raises(RecordError, match="weights of the same architecture"):
+            changed.execute(checkpoint=False)
+
+
+def test_weights_belong_to_their_role(toy_table):
+    """Weights that would fit the fallback are no weights for the proposal."""
+    record_all("toy.train")
+    guard = LGL2O(LSTMOptimizer(hidden=5), LSTMOptimizer(hidden=3), 5, 2)
+    run = runs("toy.fig")[0]
+    work = replace(run.work, method=guard, weights={"proposal": "toy-lstm"})
+    with pytest.raises(RecordError, match="which is not the proposal of this run"):
+        replace(run, work=work).execute(checkpoint=False)
+
+
+def test_missing_weights_name_those_that_are_there(toy_table):
+    with pytest.raises(RecordError, match=r"no weights x: .* one of \(none yet\)"):
+        experiments.load_weights("x")
+    record_all("toy.train")
+    with pytest.raises(RecordError, match="no weights x: .* one of toy-lstm"):
+        experiments.load_weights("x")
+
+
+def test_a_run_that_is_no_meta_training_has_no_weights(toy_table):
+    record_all("toy.train", "toy.fig")
+    sgd = next(r for r in runs("toy.fig") if r.label == "SGD")
+    (train,) = runs("toy.train")
+    train.path.write_bytes(sgd.path.read_bytes())
+    with pytest.raises(RecordError, match="weights of the same architecture"):
+        runs("toy.fig")[0].execute(checkpoint=False)
+
+
+def test_smoke_never_replaces_the_books_weights(toy_table):
+    (smoke,), (laptop,) = runs("toy.train", "smoke"), runs("toy.train")
+    assert isinstance(smoke.work, MetaTraining)
+    assert smoke.path != laptop.path
+    assert "optimizers" not in smoke.path.parts
+
+
+# ---- record mode ---------------------------------------------------------------------
+
+
+def test_record_mode_loads_what_was_recorded(toy_table):
+    with pytest.raises(RecordError, match="no weights toy-lstm"):
+        results("toy.fig", "record")
+    record_all("toy.train")
+    with pytest.raises(RecordError, match="does not exist"):
+        results("toy.fig", "record")
+    record_all("toy.fig")
+    found = results("toy.fig", "record", seeds=6)
+    assert [r.name for r, _ in found] == [
+        f"{m}/{k}" for m in ("L2O", "LGL2O", "SGD") for k in (0, 1)
+    ]
+    for run, record in found:
+        assert record.digest == Record.load(run.path).digest
+
+
+@pytest.mark.parametrize("options", [{"seeds": 3}, {"steps": 30}, {"seeds": 7}])
+def test_record_mode_refuses_other_parameters(toy_table, options):
+    record_all("toy.train", "toy.fig")
+    (name,) = options
+    message = f"made with other parameters: leave {name} at the default"
+    with pytest.raises(ExperimentError, match=message):
+        results("toy.fig", "record", **options)
+
+
+def test_record_mode_takes_paper_only_when_it_is_whole(toy_table):
+    record_all("toy.train", "toy.fig")
+    paper = runs("toy.fig", "paper")
+    for run in paper[:-1]:
+        run.execute(checkpoint=False).save(run.path)
+    assert {r.profile for r, _ in results("toy.fig", "record")} == {"laptop"}
+    paper[-1].execute(checkpoint=False).save(paper[-1].path)
+    assert {r.profile for r, _ in results("toy.fig", "record")} == {"paper"}
+
+
+def test_other_profiles_compute_afresh_and_save_nothing(toy_table):
+    record_all("toy.train")
+    found = results("toy.fig", "smoke", seeds=2, steps=10)
+    assert all(len(r.arrays["loss"]) == 2 for _, r in found)
+    assert not (toy_table / "data" / "records").exists()
+    assert not (toy_table / "data" / "scratch").exists()
+
+
+# ---- curves and evidence -------------------------------------------------------------
+
+
+def test_curves_join_groups_along_seeds(toy_table):
+    record_all("toy.train", "toy.fig")
+    found = results("toy.fig", "record")
+    curves = experiments.curves(found)
+    assert list(curves) == ["L2O", "LGL2O", "SGD"]
+    guard = curves["LGL2O"]
+    parts = [r.arrays for run, r in found if run.label == "LGL2O"]
+    assert torch.equal(guard["loss"], torch.cat([p["loss"] for p in parts]))
+    assert guard["use_l2o"].shape == (6, 4)
+    for name in ("steps", "marks", "decisions"):
+        assert torch.equal(guard[name], parts[0][name])
+    seeds = [s for run, _ in found if run.label == "LGL2O" for s in run.work.seeds]
+    assert seeds == list(range(6))
+    assert guard["seconds"].numel() == 2 and (guard["seconds"] >= 0).all()
+
+
+def test_meta_trainings_of_different_length_stay_apart():
+    """Figure 2 has one curve for each pair of meta-training and data set."""
+    labels = [r.label for r in runs("lgl2o.fig2")]
+    assert len(labels) == len(set(labels))
+    read = [t for c in claims.LEDGER for t in c.tests if isinstance(t, claims.Learns)]
+    assert read and {f"{t.zeta}/{t.data}" for t in read} <= set(labels)
+
+
+def test_evidence_remembers_only_tests_that_all_records_know(toy_table):
+    with pytest.raises(claims.NotTestable):
+        experiments.evidence("toy.fig")
+    record_all("toy.train", "toy.fig")
+    chosen = runs("toy.fig")
+    for k, run in enumerate(chosen):
+        old = Record.load(run.path)
+        known = {"B1": "same", "B2": "old" if k == 0 else "new"}
+        Record(old.config, old.arrays, old.provenance | {"claims": known}).save(
+            run.path
+        )
+    curves, known = experiments.evidence("toy.fig")
+    assert set(curves) == {"L2O", "LGL2O", "SGD"} and known == {"B1": "same"}
+    with pytest.raises(claims.NotTestable):
+        experiments.evidence("not.there")
+
+
+def test_claims_are_judged_on_recorded_curves(toy_table):
+    """From records to a verdict: an optimizer compared with itself, and a guard."""
+    record_all("toy.train", "toy.fig")
+    tie = claims.Claim(
+        "T1", "x", "s", "t", (claims.Lower("toy.fig", "SGD", "SGD", (0, 20)),)
+    )
+    (verdict,) = claims.judge([tie], experiments.evidence)
+    assert verdict.verdict == "not reproduced"
+    assert verdict.post_hoc, "the records were made before this test was written"

@@ -1,0 +1,132 @@
+"""Figures are reproducible, and methods can be told apart without colour."""
+
+import io
+import re
+from collections.abc import Iterator
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from l2olib import figures
+
+KNOWN = ("L2O", "LGL2O", "GL2O", "SGD", "SGD+momentum", "Adam")
+
+
+@pytest.fixture(autouse=True)
+def book_style() -> Iterator[None]:
+    """Use the book's style without a display; leave matplotlib as it was."""
+    with mpl.rc_context():
+        plt.switch_backend("agg")
+        figures.use_style()
+        yield
+        plt.close("all")
+
+
+def drawing(name: str = "L2O") -> bytes:
+    """Draw a band for `name` and return the SVG file."""
+    fig, ax = figures.figure()
+    figures.band(ax, np.arange(1, 9), np.arange(24.0).reshape(3, 8), name)
+    ax.set(title="loss $F$", xscale="log")
+    ax.legend()
+    file = io.BytesIO()
+    fig.savefig(file, format="svg", metadata={"Creator": None, "Date": None})
+    plt.close(fig)
+    return file.getvalue()
+
+
+def test_same_figure_is_same_file() -> None:
+    """Two drawings of one figure are equal byte for byte; another one differs."""
+    assert drawing() == drawing()
+    assert drawing() != drawing("Adam")
+
+
+def test_methods_differ_without_colour() -> None:
+    """Every method, named or new, has a marker of its own."""
+    names = [*KNOWN, *(f"method {i}" for i in range(8))]
+    looks = [figures.style(name) for name in names]
+    assert len({look["marker"] for look in looks}) == len(names)
+    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == len(
+        names
+    )
+
+
+def test_a_new_method_keeps_its_style_until_the_next_chapter() -> None:
+    """The order of first use decides, and `use_style` starts afresh."""
+    first, second = figures.style("one"), figures.style("two")
+    assert first != second
+    assert figures.style("one") == first
+    figures.use_style()
+    assert figures.style("two") == first
+
+
+def test_band_draws_mean_and_range() -> None:
+    """The line is the mean over seeds, the band reaches from minimum to maximum."""
+    _, ax = figures.figure()
+    values = np.array([[1.0, 5.0, 3.0], [3.0, 1.0, 6.0]])
+    figures.band(ax, [1, 2, 3], values, "LGL2O")
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2.0, 3.0, 4.5])
+    outline = ax.collections[0].get_paths()[0].vertices
+    for step, low, high in [(1, 1, 3), (2, 1, 5), (3, 3, 6)]:
+        ends = outline[outline[:, 0] == step][:, 1]
+        assert (ends.min(), ends.max()) == (low, high)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_band_has_a_gap_where_a_seed_is_not_finite(bad: float) -> None:
+    """One diverged seed is not hidden by the mean of the others."""
+    _, ax = figures.figure()
+    figures.band(ax, [1, 2, 3], [[1.0, bad, 3.0], [1.0, 2.0, 3.0]], "L2O")
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [1.0, np.nan, 3.0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 3, 1)])
+def test_band_refuses_shapes_that_disagree(shape: tuple[int, ...]) -> None:
+    """Name both shapes in the message."""
+    _, ax = figures.figure()
+    with pytest.raises(ValueError, match=r"do not fit steps of shape \(3,\)"):
+        figures.band(ax, [1, 2, 3], np.zeros(shape), "L2O")
+
+
+def test_width_depends_on_columns_only() -> None:
+    """A page has two widths of figures; height is by row."""
+    sizes = [
+        tuple(figures.figure(rows, cols, height=2.0)[0].get_size_inches())
+        for rows, cols in [(1, 1), (2, 1), (1, 2), (1, 3)]
+    ]
+    assert sizes == [(5.2, 2.0), (5.2, 4.0), (7.2, 2.0), (7.2, 2.0)]
+
+
+def test_compact_drawing_is_the_same_drawing() -> None:
+    """Same elements in the same order; coordinates move by half a hundredth at most."""
+    plain = drawing().decode()
+    small = figures.compact(plain)
+    assert "\n" not in small
+    assert len(small) < 0.75 * len(plain)
+    number = re.compile(r"-?\d+\.?\d*")
+    before, after = (list(ElementTree.fromstring(svg).iter()) for svg in (plain, small))
+    places = [{e.get("id"): i for i, e in enumerate(tree)} for tree in (before, after)]
+    for old, new in zip(before, after, strict=True):
+        assert old.tag == new.tag
+        assert set(old.keys()) - {"id"} == set(new.keys()) - {"id"}
+        for key in set(new.keys()) - {"id"}:
+            was, now = (
+                re.sub(r"\s*([A-Za-z;:])\s*", r"\1", " ".join(e.get(key, "").split()))
+                for e in (old, new)
+            )
+            targets = [
+                re.findall(r"(?:^|url\()#([^)]+)", value) for value in (was, now)
+            ]
+            if targets[1]:  # a reference leads to the same element
+                (first,), (second,) = targets
+                assert places[0][first] == places[1][second]
+            elif key in ("d", "x", "y", "points"):
+                assert number.sub("#", was) == number.sub("#", now)
+                moved = np.subtract(
+                    *(np.array(number.findall(v), float) for v in (was, now))
+                )
+                assert np.abs(moved).max(initial=0) <= 0.005 + 1e-9
+            else:
+                assert was == now

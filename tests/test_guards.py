@@ -1,0 +1,558 @@
+"""LGL2O: guarantees, an independent re-implementation, counted work."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from problems import (
+    PATHOLOGICAL,
+    Ascent,
+    BrokenMemory,
+    Leap,
+    Noise,
+    Stateless,
+    Step,
+    batches,
+    blobs,
+    quadratic,
+    random_numbers,
+    start_of,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from l2olib.data import train_indices, valid_indices
+from l2olib.guards import LGL2O
+from l2olib.learned.lstm import LSTMOptimizer
+from l2olib.optimizees import MLP
+from l2olib.optimizers import SGD, Adam, PowerDecay, constant
+from l2olib.train import Alone
+
+LSTM = LSTMOptimizer(hidden=4)
+GD = SGD(constant(0.5))
+
+
+def metas_of(method, seed: int = 0) -> dict[str, Any]:
+    return {
+        role: {k: v.double() for k, v in optimizer.init_meta(seed).items()}
+        for role, optimizer in method.optimizers.items()
+    }
+
+
+def held_out(task, method, decisions: int, batch: int = 6, seed: int = 9):
+    """Draw validation items [decisions, n_c, batch], or None for the full loss."""
+    if method.batches is None:
+        return None
+    return batches(task, decisions * method.n_c, batch, seed).view(
+        decisions, method.n_c, batch
+    )
+
+
+# ---- what is promised ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_t", [1, 3])
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+def test_full_loss_never_ends_above_the_fallback(name, n_t):
+    """f(x+) <= f(z) at every decision, z computed here from the same x (float64)."""
+    task = blobs()
+    guard = LGL2O(PATHOLOGICAL[name], GD, n_t=n_t, validation="full")
+    state = guard.init(start_of(task))
+    everything = torch.arange(task.items)
+    for k in range(12):
+        idx = batches(task, n_t, 8, seed=k)
+        z = state["params"]
+        for batch in idx:
+            z = z - 0.5 * torch.func.grad(task.loss)(z, batch)
+        state, trace = guard.segment(task, metas_of(guard), state, idx, None)
+        below = task.loss(state["params"], everything) - task.loss(z, everything)
+        assert below <= 1e-14
+        assert state["params"].isfinite().all()
+        assert trace["use_l2o"].item() == (below.item() < 0)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 1.9])
+@pytest.mark.parametrize("n_t", [1, 4])
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+def test_contraction_on_strongly_convex_quadratics(name, n_t, alpha):
+    """E+ <= q^n_t E with q = 1 - (mu/L) alpha (2 - alpha): dossier, entries 6, 15."""
+    mu, smooth = 0.5, 4.0
+    task = quadratic([mu, 1.0, smooth], [1.0, -2.0, 0.5])
+    q = 1 - mu / smooth * alpha * (2 - alpha)
+    fallback = SGD(constant(alpha / smooth))
+    guard = LGL2O(PATHOLOGICAL[name], fallback, n_t=n_t, validation="full")
+    state = guard.init(start_of(task))
+    before = task.full_loss(state["params"])
+    for k in range(12):
+        idx = batches(task, n_t, 2, seed=k)
+        state, _ = guard.segment(
+            task, {"proposal": {}, "fallback": {}}, state, idx, None
+        )
+        after = task.full_loss(state["params"])
+        assert after <= q**n_t * before * (1 + 1e-12)
+        before = after
+
+
+def test_contraction_is_attained_when_all_curvatures_are_equal():
+    """mu = L and an inert proposal: exactly (1 - alpha)^2 a step (entry 6)."""
+    task = quadratic([2.0, 2.0], [1.0, -3.0])
+    guard = LGL2O(Step(0.0), SGD(constant(0.25)), n_t=1, validation="full")
+    state = guard.init(start_of(task))
+    before = task.full_loss(state["params"])
+    for _ in range(5):
+        idx = torch.zeros(1, 1, dtype=torch.int64)
+        state, _ = guard.segment(task, metas_of(guard), state, idx, None)
+        after = task.full_loss(state["params"])
+        assert after.item() == pytest.approx(0.25 * before.item(), rel=1e-14)
+        before = after
+
+
+def test_the_guard_can_lose_to_its_fallback_alone():
+    """Dossier, entry 8: a proposal that is rightly accepted, and a slow valley."""
+    task = quadratic([1.0, 0.01], [1.0, 0.0])
+    fallback = SGD(constant(0.5))
+    x = start_of(task)
+    idx = torch.zeros(6, 1, dtype=torch.int64)
+    guard = LGL2O(Leap(0.0, (0.0, 4.9)), fallback, n_t=1, validation="full")
+    state, first = guard.segment(task, metas_of(guard), guard.init(x), idx[:1], None)
+    assert first["use_l2o"].all()
+    assert first["valid_l2o"].item() == pytest.approx(2401 / 20000)
+    assert first["valid_fallback"].item() == pytest.approx(1 / 8)
+    # From here the same proposal is never better: the guard follows its fallback.
+    state, rest = guard.segment(task, metas_of(guard), state, idx[1:], None)
+    assert not rest["use_l2o"].any()
+    alone = Alone(fallback)
+    ended, _ = alone.segment(task, metas_of(alone), alone.init(x), idx, None)
+    assert task.full_loss(ended["params"]).item() == pytest.approx(1 / 8192)
+    guarded = task.full_loss(state["params"]).item()
+    assert guarded == pytest.approx(0.01 * 4.9**2 / 2 * 0.995**10)
+    assert guarded > 900 / 8192
+
+
+# ---- not finite ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("validation", ["disjoint", "full"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_x_stays_when_neither_side_is_finite(bad, validation):
+    task = blobs()
+    guard = LGL2O(Step(bad), Step(bad), n_t=2, validation=validation)
+    x = start_of(task)
+    state = guard.init(x)
+    idx = batches(task, 2, 8)
+    state, trace = guard.segment(
+        task, metas_of(guard), state, idx, held_out(task, guard, 1)
+    )
+    assert torch.equal(state["params"], x)
+    assert not trace["use_l2o"].any()
+    # The proposal starts afresh; the fallback goes back to where it was.
+    assert state["proposal"]["count"] == state["fallback"]["count"] == 0
+    # The recorded loss is that of the iterate, which is finite.
+    assert torch.equal(trace["loss"], task.loss(x, idx[0]).expand(2))
+
+
+@pytest.mark.parametrize(("clock", "steps"), [("global", 2), ("accepted", 0)])
+@pytest.mark.parametrize("proposal", [Step(math.nan), Step(0.0)])
+def test_fallback_steps_that_are_not_kept(proposal, clock, steps):
+    """A diverged fallback goes back to its moments; only a global clock goes on."""
+    task = blobs()
+    guard = LGL2O(proposal, Adam(constant(math.inf)), n_t=2, clock=clock)
+    idx = batches(task, 2, 8)
+    state, _ = guard.segment(
+        task,
+        metas_of(guard),
+        guard.init(start_of(task)),
+        idx,
+        held_out(task, guard, 1),
+    )
+    assert state["fallback"]["step"] == steps
+    assert state["fallback"]["count"] == 0
+    assert state["fallback"]["m"].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("proposal", "fallback", "use"),
+    [(Step(math.nan), GD, False), (Step(0.0), Step(math.nan), True)],
+)
+def test_a_finite_side_beats_one_that_is_not(proposal, fallback, use):
+    task = blobs()
+    guard = LGL2O(proposal, fallback, n_t=2)
+    state, trace = guard.segment(
+        task,
+        metas_of(guard),
+        guard.init(start_of(task)),
+        batches(task, 2, 8),
+        held_out(task, guard, 1),
+    )
+    assert trace["use_l2o"].item() is use
+    assert state["params"].isfinite().all()
+
+
+def test_a_finite_loss_at_parameters_that_are_not_finite_does_not_win():
+    """A coordinate that the loss does not see may be infinite without showing."""
+    task = quadratic([1.0, 0.0], [1.0, 0.0])
+    dead = replace(task.optimizee, hessian=((1.0,),), start=(1.0,))
+
+    class Blind:
+        layout = task.optimizee.layout
+
+        def losses(self, params, batch):
+            return dead.losses(params[:1], (batch[0][:, :1], batch[1]))
+
+    blind = replace(task, optimizee=Blind())
+    guard = LGL2O(Leap(0.0, (0.0, math.inf)), GD, n_t=1, validation="full")
+    x = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    idx = torch.zeros(1, 1, dtype=torch.int64)
+    state, trace = guard.segment(blind, metas_of(guard), guard.init(x), idx, None)
+    assert trace["valid_l2o"] < trace["valid_fallback"]
+    assert not trace["use_l2o"].any()
+    assert state["params"].tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("option", ["carry", "revert", "reset"])
+def test_a_hidden_state_that_is_not_finite_is_never_carried(option):
+    task = blobs()
+    guard = LGL2O(BrokenMemory(0.0), GD, n_t=2, proposal_state=option)
+    state = guard.init(start_of(task))
+    for k in range(4):
+        idx = batches(task, 2, 8, seed=k)
+        state, _ = guard.segment(
+            task, metas_of(guard), state, idx, held_out(task, guard, 1)
+        )
+        assert state["proposal"]["hidden"]["count"].isfinite().all()
+
+
+def test_a_fallback_state_that_is_not_finite_is_never_carried():
+    """The broken side wins, for it does not move and the other is worse."""
+    task = blobs()
+    guard = LGL2O(Step(math.nan), BrokenMemory(0.0), n_t=2)
+    state = guard.init(start_of(task))
+    for k in range(4):
+        idx = batches(task, 2, 8, seed=k)
+        state, _ = guard.segment(
+            task, metas_of(guard), state, idx, held_out(task, guard, 1)
+        )
+        assert state["fallback"]["hidden"]["count"].isfinite().all()
+
+
+# ---- Algorithm 2, written again with plain loops -------------------------------------
+
+
+@dataclass
+class Plain:
+    """Algorithm 2 with Python numbers, torch.autograd and no shared code paths."""
+
+    task: Any
+    guard: LGL2O
+    metas: dict[str, Any]
+    x: Tensor
+
+    def __post_init__(self) -> None:
+        self.h = self.guard.proposal.init(self.x)
+        self.o = self.guard.fallback.init(self.x)
+        self.log: list[tuple[bool, float, float, float]] = []
+        self.losses: list[float] = []
+
+    def gradient(self, x: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        data = self.task.data.train
+        loss = self.task.optimizee.losses(x, (data.x[batch], data.y[batch])).mean()
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    def branch(self, role: str, state: Any, idx: Tensor):
+        optimizer, x, losses = self.guard.optimizers[role], self.x, []
+        for batch in idx:
+            loss, g = self.gradient(x, batch)
+            step, state = optimizer.update(self.metas[role], g, state, x, loss=loss)
+            x = x + step
+            losses.append(loss.item())
+        return x, state, losses
+
+    def value(self, x: Tensor, held: Tensor | None) -> tuple[float, list[float]]:
+        data = self.task.data.train
+        which = torch.arange(len(data)) if held is None else held.flatten()
+        items = self.task.optimizee.losses(x, (data.x[which], data.y[which])).tolist()
+        return math.fsum(items) / len(items), items
+
+    def decide(self, idx: Tensor, held: Tensor | None) -> None:
+        guard = self.guard
+        y, h_y, losses_y = self.branch("proposal", self.h, idx)
+        z, o_z, losses_z = self.branch("fallback", self.o, idx)
+        (f_y, items_y), (f_z, items_z) = self.value(y, held), self.value(z, held)
+        won = f_y < f_z
+        d = [a - b for a, b in zip(items_y, items_z, strict=True)]
+        mean = math.fsum(d) / len(d)
+        spread = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / len(d)
+        error = 0.0 if held is None else math.sqrt(spread)
+        self.log.append((won, f_y, f_z, error))
+        self.losses += losses_y if won else losses_z
+        clock = self.o.get("step")
+        if won:
+            self.h = h_y
+            if guard.fallback_state == "keep":
+                self.o = dict(o_z)
+            elif guard.fallback_state == "reset":
+                self.o = guard.fallback.init(self.x)
+            else:
+                self.o = dict(self.o)
+        else:
+            self.o = dict(o_z)
+            if guard.proposal_state == "carry":
+                self.h = h_y
+            elif guard.proposal_state == "reset":
+                self.h = guard.proposal.init(self.x)
+        if clock is not None:
+            counts = guard.clock == "global" or not won
+            self.o["step"] = clock + (guard.n_t if counts else 0)
+        self.x = y if won else z
+
+
+def leaves(state: dict[str, Any]):
+    for value in state.values():
+        yield from leaves(value) if isinstance(value, dict) else [value]
+
+
+def compare(guard: LGL2O, decisions: int = 8, per_segment: int = 2) -> list[bool]:
+    """Run guard and re-implementation side by side; return the decisions."""
+    task = blobs()
+    metas = metas_of(guard)
+    plain = Plain(task, guard, metas, start_of(task))
+    state = guard.init(start_of(task))
+    idx = batches(task, decisions * guard.n_t, 8)
+    held = held_out(task, guard, decisions)
+    found: dict[str, list[Tensor]] = {}
+    for first in range(0, decisions, per_segment):
+        last = first + per_segment
+        state, trace = guard.segment(
+            task,
+            metas,
+            state,
+            idx[first * guard.n_t : last * guard.n_t],
+            None if held is None else held[first:last],
+        )
+        for key, value in trace.items():
+            found.setdefault(key, []).append(value)
+    for k in range(decisions):
+        plain.decide(
+            idx[k * guard.n_t : (k + 1) * guard.n_t], None if held is None else held[k]
+        )
+    assert torch.allclose(state["params"], plain.x, rtol=1e-9, atol=1e-12)
+    for role, expected in (("proposal", plain.h), ("fallback", plain.o)):
+        assert state[role].keys() == expected.keys()
+        for ours, theirs in zip(leaves(state[role]), leaves(expected), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    names = ("use_l2o", "valid_l2o", "valid_fallback", "standard_error")
+    for name, column in zip(names, zip(*plain.log, strict=True), strict=True):
+        ours = torch.cat(found[name]).double()
+        expected = torch.tensor(column, dtype=torch.float64)
+        assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-12), name
+    expected = torch.tensor(plain.losses, dtype=torch.float64)
+    assert torch.allclose(torch.cat(found["loss"]), expected, rtol=1e-9)
+    return [won for won, *_ in plain.log]
+
+
+OPTIONS = list(
+    itertools.product(
+        ["carry", "revert", "reset"],
+        ["keep", "revert", "reset"],
+        ["global", "accepted"],
+    )
+)
+
+
+@pytest.mark.parametrize(("proposal_state", "fallback_state", "clock"), OPTIONS)
+def test_every_option_equals_the_plain_algorithm(proposal_state, fallback_state, clock):
+    """Adam under a fast schedule against a proposal that wins about half the time."""
+    guard = LGL2O(
+        SGD(PowerDecay(1.0, 10.0), momentum=0.7),
+        Adam(PowerDecay(0.3, 5.0)),
+        n_t=3,
+        n_c=2,
+        proposal_state=proposal_state,
+        fallback_state=fallback_state,
+        clock=clock,
+    )
+    won = compare(guard)
+    assert 0 < sum(won) < len(won), "both outcomes must occur"
+
+
+@pytest.mark.parametrize("n_t", [1, 4])
+@pytest.mark.parametrize("validation", ["disjoint", "iid", "fixed", "full"])
+def test_every_criterion_equals_the_plain_algorithm(validation, n_t):
+    """A learned proposal; n_t = 1 with the full loss is Algorithm 1."""
+    compare(LGL2O(LSTM, GD, n_t=n_t, n_c=3, validation=validation))
+
+
+EITHER_SIDE = {
+    "sgd": GD,
+    "momentum": SGD(PowerDecay(0.2, 10.0), momentum=0.9),
+    "adam": Adam(constant(0.05)),
+    "lstm": LSTM,
+    "noise": Noise(0.3),
+    "ascent": Ascent(0.5),
+    "no state": Stateless(0.5),
+    "no step": Step(0.0),
+}
+PAIRS = list(itertools.product(EITHER_SIDE, EITHER_SIDE))
+
+
+@pytest.mark.parametrize(("proposal", "fallback"), PAIRS)
+def test_any_pair_of_optimizers(proposal, fallback):
+    """Any Optimizer on either side follows the algorithm."""
+    compare(LGL2O(EITHER_SIDE[proposal], EITHER_SIDE[fallback], n_t=2, n_c=2), 4)
+
+
+@pytest.mark.parametrize("segment", [1, 2, 4])
+def test_segments_are_only_a_grouping(segment):
+    compare(LGL2O(LSTM, GD, n_t=2, n_c=2), decisions=4, per_segment=segment)
+
+
+def test_equal_sides_tie_and_the_fallback_wins():
+    guard = LGL2O(GD, GD, n_t=2, n_c=2)
+    assert not any(compare(guard, 4))
+
+
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+def test_replicas_do_not_see_each_other(name):
+    """Under vmap each replica decides for itself, whatever happens to the others."""
+    task = blobs()
+    guard = LGL2O(PATHOLOGICAL[name], SGD(PowerDecay(0.5, 10.0), 0.9), n_t=2, n_c=2)
+    starts = torch.stack([start_of(task, k) for k in range(3)])
+    starts[1] *= 1e150  # one whose loss overflows
+    idx = torch.stack([batches(task, 4, 8, seed=k) for k in range(3)])
+    held = torch.stack([held_out(task, guard, 2, seed=k) for k in range(3)])
+
+    def segment(state, train, valid):
+        return guard.segment(task, metas_of(guard), state, train, valid)
+
+    states = torch.func.vmap(guard.init)(starts)
+    together, traces = torch.func.vmap(segment)(states, idx, held)
+    for k in range(3):
+        alone, trace = segment(guard.init(starts[k]), idx[k], held[k])
+        assert torch.allclose(together["params"][k], alone["params"], equal_nan=True)
+        assert torch.equal(traces["use_l2o"][k], trace["use_l2o"])
+
+
+# ---- a learned optimizer in the loop -------------------------------------------------
+
+
+def test_hidden_state_survives_a_bad_gradient():
+    """A NaN gradient poisons the LSTM's memory; the guard gives it a fresh one."""
+    task = blobs()
+    guard = LGL2O(LSTM, Step(0.0), n_t=1, n_c=2)
+    state = guard.init(start_of(task))
+    state["proposal"] = {
+        k: torch.full_like(v, 0.3) for k, v in state["proposal"].items()
+    }
+    state["proposal"]["c0"][0, 0] = math.nan
+    state, trace = guard.segment(
+        task, metas_of(guard), state, batches(task, 1, 8), held_out(task, guard, 1)
+    )
+    assert not trace["use_l2o"].any()
+    assert all(v.eq(0).all() for v in state["proposal"].values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_t", 0),
+        ("n_c", 0),
+        ("n_c", -3),
+        ("validation", "half"),
+        ("proposal_state", "keep"),
+        ("fallback_state", "carry"),
+        ("clock", "wall"),
+    ],
+)
+def test_wrong_options_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be .*{value}"):
+        LGL2O(LSTM, GD, **{field: value})
+
+
+# ---- the item numbers that a decision gets -------------------------------------------
+
+
+def test_disjoint_batches_avoid_the_decisions_training_items():
+    train = train_indices(200, 10, 0, 0, 5)
+    held = valid_indices(200, 10, 0, 0, 5, train)
+    assert not set(train.flatten().tolist()) & set(held.flatten().tolist())
+
+
+# ---- counted work --------------------------------------------------------------------
+
+
+class Counted:
+    """Count the items that pass through an optimizee, with and without gradient."""
+
+    def __init__(self, optimizee):
+        self.optimizee, self.layout = optimizee, optimizee.layout
+        self.gradients = self.forwards = 0
+
+    def losses(self, params, batch):
+        if torch._C._functorch.is_gradtrackingtensor(params):
+            self.gradients += len(batch[1])
+        else:
+            self.forwards += len(batch[1])
+        return self.optimizee.losses(params, batch)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Alone(LSTM),
+        Alone(GD),
+        LGL2O(LSTM, GD, n_t=5, n_c=3),
+        LGL2O(LSTM, LSTMOptimizer(hidden=3), n_t=2, n_c=4, validation="iid"),
+        LGL2O(LSTM, GD, n_t=1, validation="full"),
+    ],
+)
+def test_stated_cost_equals_counted_cost(method):
+    """Passes counted inside the optimizee, matrix work counted by torch, a step."""
+    steps, batch = 10, 8
+    task = blobs(items=40)
+    optimizee = task.optimizee
+    cost = method.cost(optimizee, batch, task.items)
+    counted = replace(task, optimizee=Counted(optimizee))
+    valid = None
+    if method.batches is not None:
+        valid = held_out(task, method, steps // method.interval, batch)
+    with FlopCounterMode(display=False) as counter:
+        method.segment(
+            counted,
+            metas_of(method),
+            method.init(start_of(task)),
+            batches(task, steps, batch),
+            valid,
+        )
+    assert counter.get_total_flops() == pytest.approx(cost.flops * steps)
+    assert counted.optimizee.gradients == pytest.approx(cost.gradients * batch * steps)
+    assert counted.optimizee.forwards == pytest.approx(cost.forwards * batch * steps)
+
+
+def test_cost_of_the_papers_setting():
+    """Dossier, entry 17: 19 gradients and 20 forwards a decision; depth 10 + 1."""
+    method = LGL2O(LSTMOptimizer(), SGD(PowerDecay(3.0)))
+    mlp = MLP((784, 20, 10))
+    cost = method.cost(mlp, 128, 60_000)
+    assert (10 * cost.gradients, 10 * cost.forwards) == pytest.approx((19, 20))
+    assert 10 * cost.depth == pytest.approx(11)
+    expected = 19 * mlp.flops(128, True) + 20 * mlp.flops(128) + 10 * 9_960 * 15_910
+    assert 10 * cost.flops == pytest.approx(expected)
+
+
+def test_a_random_start_is_not_special():
+    """The invariant again, from far away and with a noisy criterion switched off."""
+    task = blobs(seed=3)
+    guard = LGL2O(Noise(50.0), GD, n_t=1, validation="full")
+    state = guard.init(10 * random_numbers(1, task.optimizee.layout.n))
+    values = []
+    for k in range(15):
+        idx = torch.arange(task.items)[None]
+        state, _ = guard.segment(task, metas_of(guard), state, idx, None)
+        values.append(task.full_loss(state["params"]).item())
+        assert k == 0 or values[-1] <= values[-2] + 1e-12

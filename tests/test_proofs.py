@@ -1,0 +1,170 @@
+"""Every certificate proves a true statement and refuses a false one."""
+
+import pytest
+import sympy as sp
+
+from l2olib.proofs import (
+    CORRECTED,
+    HOLDS,
+    ProofError,
+    Theorem,
+    eq,
+    ge,
+    gt,
+    is_zero,
+    le,
+    lt,
+)
+
+a, b = sp.symbols("a b", positive=True)
+x, y = sp.symbols("x y", real=True)
+n = sp.Symbol("n", integer=True, nonnegative=True)
+k = sp.Symbol("k", integer=True, positive=True)
+u = sp.Function("u")
+half = sp.Rational(1, 2)
+
+
+def theorem() -> Theorem:
+    return Theorem(
+        "T", source="LGL2O, (1)", entry=1, label="t", verdict=HOLDS, printed="T."
+    )
+
+
+POSITIVE = sp.Interval.open(0, sp.oo)
+IDENTITIES = [
+    (eq((x + y) ** 2, x**2 + 2 * x * y + y**2), eq((x + y) ** 2, x**2 + y**2)),
+    (eq(sp.Integral(x, (x, 0, a)), a**2 / 2), eq(sp.Integral(x, (x, 0, a)), a**2)),
+    (
+        eq(sp.Limit((1 + a / k) ** k, k, sp.oo), sp.exp(a)),
+        eq(sp.Limit(a / k, k, sp.oo), a),
+    ),
+    (
+        eq(sp.Sum(k**-2, (k, 1, sp.oo)), sp.pi**2 / 6),
+        eq(sp.Sum(k**-2, (k, 1, sp.oo)), 2),
+    ),
+    (eq(sp.Sum(1 / k, (k, 1, sp.oo)), sp.oo), eq(sp.Sum(k**-2, (k, 1, sp.oo)), sp.oo)),
+    (
+        eq(sp.Matrix([[a, 1], [0, b]]) ** 2, sp.Matrix([[a**2, a + b], [0, b**2]])),
+        eq(sp.Matrix([[a, 1], [0, b]]) ** 2, sp.Matrix([[a**2, a - b], [0, b**2]])),
+    ),
+]
+
+
+@pytest.mark.parametrize(("true", "false"), IDENTITIES)
+def test_identity(true: sp.Eq, false: sp.Eq) -> None:
+    theorem().identity("t", "t", true)
+    with pytest.raises(ProofError):
+        theorem().identity("t", "t", false)
+
+
+def test_inequality_needs_the_gap_and_its_sign() -> None:
+    t = theorem()
+    t.inequality("t", "t", ge(x**2 + y**2, 2 * x * y), (x - y) ** 2)
+    t.inequality("t", "t", lt(a * b, b), b * (1 - a), [lt(a, 1)])
+    with pytest.raises(ProofError, match="gap"):
+        t.inequality("t", "t", ge(x**2 + y**2, 3 * x * y), (x - y) ** 2)
+    with pytest.raises(ProofError, match="sign"):
+        t.inequality("t", "t", ge(x**2, y**2), (x - y) * (x + y))
+    with pytest.raises(ProofError, match="sign"):  # equality is possible
+        t.inequality("t", "t", gt(x**2 + y**2, 2 * x * y), (x - y) ** 2)
+    with pytest.raises(ProofError, match="sign"):  # <= does not give <
+        t.inequality("t", "t", lt(a * b, b), b * (1 - a), [le(a, 1)])
+
+
+def test_solution_must_be_the_exact_region() -> None:
+    region = sp.Interval.open(-half, half)
+    theorem().solution("t", "t", lt(4 * x**2, 1), x, region)
+    theorem().solution("t", "t", eq(4 * x**2, 1), x, sp.FiniteSet(-half, half))
+    for wrong in (sp.Interval(-half, half), sp.Interval.open(0, half)):
+        with pytest.raises(ProofError):
+            theorem().solution("t", "t", lt(4 * x**2, 1), x, wrong)
+
+
+def test_real_roots() -> None:
+    theorem().real_roots("t", "t", gt(x**3 + 2 * x**2, 0), x, (0, sp.oo), 2)
+    theorem().real_roots("t", "t", gt(x / (1 + x**2), 0), x, (0, 3), 1)
+    for low, roots in ((-1, 2), (0, 1)):
+        with pytest.raises(ProofError):
+            theorem().real_roots("t", "t", gt(x**3 + 2 * x**2, 0), x, (low, 9), roots)
+    with pytest.raises(ProofError, match="negative"):
+        theorem().real_roots("t", "t", lt(x**3 + 2 * x**2, 0), x, (0, 1), 2)
+    with pytest.raises(ProofError):  # a pole inside the interval
+        theorem().real_roots("t", "t", gt(x**2 / (x - 1), 0), x, (0, 3), 1)
+
+
+def test_extremum_is_attained_and_global() -> None:
+    theorem().extremum("t", "t", le(a * (1 - a / 2), half), a, 1, 1)
+    theorem().extremum("t", "t", ge(a + 1 / a, 2), a, 1, (a + 1) / a**2)
+    with pytest.raises(ProofError):  # true, but not attained
+        theorem().extremum("t", "t", le(a * (1 - a / 2), 1), a, 1, 1)
+    with pytest.raises(ProofError):  # only a local maximum: the factor changes sign
+        f = a**2 * (3 - 2 * a) - a**4
+        slope = sp.cancel(-sp.diff(f, a) / (a - half))
+        theorem().extremum("t", "t", le(f, f.subs(a, half)), a, half, slope)
+
+
+def test_recurrence() -> None:
+    step = eq(u(n + 1), a * u(n) + b)
+    closed = a**n + b * (1 - a**n) / (1 - a)
+    theorem().recurrence("t", "t", eq(u(n), closed), step, {0: 1})
+    for wrong, start in ((closed, 2), (a**n + b * (1 - a**n), 1)):
+        with pytest.raises(ProofError):
+            theorem().recurrence("t", "t", eq(u(n), wrong), step, {0: start})
+
+
+def test_evaluation_shows_and_checks_both_sides() -> None:
+    claim = gt((1 - a) ** 2, b)
+    at = {a: half, b: sp.Rational(1, 5)}
+    step = theorem().counterexample("t", "t", claim, ("1/4", "1/5"), at)
+    assert r"$\frac{1}{4}$ and $\frac{1}{5}$" in step._repr_markdown_()
+    with pytest.raises(ProofError, match="is not"):
+        theorem().counterexample("t", "t", claim, ("1/3", "1/5"), at)
+    with pytest.raises(ProofError, match="satisfy"):
+        theorem().counterexample("t", "t", claim, ("1/4", 1), {a: half, b: 1})
+    with pytest.raises(ProofError, match="floating"):
+        theorem().counterexample("t", "t", claim, ("1/4", "1/5"), {a: 0.5, b: 0.2})
+
+
+def test_undecided_is_not_proved() -> None:
+    with pytest.raises(ProofError):
+        theorem().solution("t", "t", gt(sp.gamma(x) * sp.sin(x), x), x, POSITIVE)
+    assert not is_zero(u(n) - 1)
+    assert not is_zero(sp.zoo)
+
+
+def test_measured() -> None:
+    theorem().measured("t", "t", "Ratio.", 0.5, 1.0)
+    for value in (2.0, float("nan")):
+        with pytest.raises(ProofError):
+            theorem().measured("t", "t", "Ratio.", value, 1.0)
+
+
+def test_prose_is_never_shown_as_checked() -> None:
+    text = theorem().prose("Compactness", "By compactness.")._repr_markdown_()
+    assert "hecked" not in text
+    assert "Argued in prose" in text
+
+
+def test_proof_shows_each_step_once() -> None:
+    t = theorem()
+    t.prose("One", "First.")
+    assert "First." in t.proof()._repr_markdown_()
+    t.identity("t", "Two", eq(x + x, 2 * x))
+    assert "First." not in t.proof()._repr_markdown_()
+    assert [s.name for s in t.steps] == ["One", "Two"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verdict": "true"},
+        {"source": "Nobody, (1)"},
+        {"printed": ""},
+        {"verdict": CORRECTED, "corrected": "C."},
+        {"verdict": CORRECTED, "slip": "S."},
+    ],
+)
+def test_incomplete_theorems_are_refused(change: dict[str, str]) -> None:
+    base = {"source": "LGL2O", "label": "t", "verdict": HOLDS, "printed": "P."}
+    with pytest.raises(ValueError):
+        Theorem("T", entry=1, **(base | change))

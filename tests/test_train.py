@@ -1,0 +1,448 @@
+"""Runs: groups of replicas, traces, checkpoints, time limit, what a record keeps."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from problems import SRC, Noise, Stateless, Step, make_toy_data, random_numbers  # noqa: F401
+
+from l2olib import records, train
+from l2olib.data import DataError, find_root, load, train_indices, valid_indices
+from l2olib.experiments import L2O
+from l2olib.guards import LGL2O
+from l2olib.learned.lstm import LSTMOptimizer
+from l2olib.optimizees import MLP
+from l2olib.optimizers import SGD, Adam, PowerDecay, constant
+from l2olib.records import RecordError
+from l2olib.train import Alone, Training, Unfinished, drive, log_spaced, summarize
+
+LSTM = LSTMOptimizer()
+SMALL = LSTMOptimizer(hidden=4)
+GD = SGD(constant(0.5))
+WEIGHTS = find_root() / "data" / "optimizers" / f"{L2O}.safetensors"
+
+
+def trained_lstm() -> dict[str, torch.Tensor]:
+    """The book's meta-trained weights, or fresh ones before they exist."""
+    if not WEIGHTS.exists():
+        return LSTM.init_meta(0)
+    arrays, _ = records.read(WEIGHTS)
+    return {k[5:]: v for k, v in arrays.items() if k.startswith("meta.")}
+
+
+def metas_of(method, lstm=None):
+    return {
+        role: lstm if lstm is not None and optimizer == LSTM else optimizer.init_meta(0)
+        for role, optimizer in method.optimizers.items()
+    }
+
+
+def work(method, **changes) -> Training:
+    base = Training(
+        MLP((2, 4, 2)), "toy", method, 40, (0, 1), 2, 8, segment=10, audit_every=2
+    )
+    return replace(base, **changes)
+
+
+def outcome(config: Training, lstm=None, **options):
+    return drive(config.job("cpu", False, metas_of(config.method, lstm)), **options)[0]
+
+
+def content(config: Training, arrays) -> str:
+    return records.digest(records.spec(config), arrays)
+
+
+METHODS = {
+    "alone": Alone(Adam(PowerDecay(0.1, 5.0))),
+    "guard": LGL2O(SMALL, SGD(PowerDecay(0.5, 10.0), 0.9), n_t=5, n_c=2),
+    "algorithm 1": LGL2O(SMALL, GD, n_t=1, validation="full"),
+    "iid": LGL2O(Noise(0.1), GD, n_t=10, n_c=9, validation="iid"),
+    "fixed": LGL2O(Noise(0.1), GD, n_t=5, n_c=2, validation="fixed"),
+    "no state": LGL2O(Stateless(0.3), Stateless(0.5), n_t=2, n_c=2),
+    "huge": LGL2O(Step(1e38), Step(-1e38), n_t=2, n_c=2),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+# ---- the same bits -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [(Alone(LSTM), 1000), (LGL2O(LSTM, SGD(PowerDecay(3.0))), 100)],
+)
+def test_one_seed_alone_is_bit_identical(method, steps):
+    """1,000 steps of an L2O: one seed asked for alone, and with its whole group."""
+    lstm = trained_lstm()
+    group = Training(MLP((2, 20, 2)), "circles", method, steps, (0, 1, 2), 3, 32)
+    together = outcome(group, lstm)
+    single = outcome(replace(group, seeds=(2,)), lstm)
+    for name in ("loss", "bin_mean", "smooth", "full_loss", "test_loss", "test_error"):
+        assert torch.equal(together[name][2:], single[name]), name
+        assert not torch.equal(together[name][:1], single[name]), name
+
+
+def test_a_short_last_group_is_padded(toy_data):
+    """Seeds 2 and 3 of a group of three (3, 4, 5 would be its own): computed whole."""
+    config = work(METHODS["guard"], seeds=(4,), replicas=3)
+    assert list(config.group) == [3, 4, 5]
+    whole = outcome(replace(config, seeds=(3, 4, 5)))
+    assert torch.equal(outcome(config)["loss"], whole["loss"][1:2])
+
+
+@every_method
+def test_vmapped_and_plain_steps_agree(name, toy_data):
+    """20 steps in float64, to 1e-9 relative."""
+    method = METHODS[name]
+    config = work(method, steps=20, segment=20)
+    job = config.job("cpu", False, metas_of(method))
+    metas = {
+        role: {k: v.double() for k, v in meta.items()}
+        for role, meta in job.metas.items()
+    }
+    starts = torch.stack([config.optimizee.init(s).double() for s in config.group])
+    idx, held = job.batches(0)
+
+    def segment(state, train, valid):
+        return method.segment(job.task, metas, state, train, valid)
+
+    together, traces = torch.func.vmap(
+        segment, in_dims=(0, 0, None if held is None else 0)
+    )(torch.func.vmap(method.init)(starts), idx, held)
+    for k in range(2):
+        alone, trace = segment(
+            method.init(starts[k]), idx[k], None if held is None else held[k]
+        )
+        for ours, theirs in (
+            (together["params"][k], alone["params"]),
+            (traces["loss"][k], trace["loss"]),
+        ):
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@every_method
+def test_two_runs_have_one_digest(name, toy_data):
+    config = work(METHODS[name])
+    first, second = (content(config, outcome(config)) for _ in range(2))
+    assert first == second
+    other = replace(config, seeds=(2, 3))
+    assert content(other, outcome(other)) != first
+
+
+# ---- checkpoints ---------------------------------------------------------------------
+
+
+class Clock:
+    """Two clocks, each of which advances one second each time it is read."""
+
+    def __init__(self) -> None:
+        self.now = self.worked = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def process_time(self) -> float:
+        self.worked += 1.0
+        return self.worked
+
+
+@every_method
+@pytest.mark.parametrize("limit", [2.5, 5.0])
+def test_a_time_limit_stops_cleanly(name, limit, toy_data, tmp_path, monkeypatch):
+    """Stopped again and again, a run still ends with the same digest."""
+    config = work(METHODS[name])
+    expected = content(config, outcome(config))
+    path = tmp_path / "run.checkpoint"
+    monkeypatch.setattr(train, "time", Clock())
+    stops, spent = 0, []
+    while True:
+        try:
+            arrays, seconds = drive(
+                config.job("cpu", False, metas_of(config.method)),
+                key="k",
+                checkpoint=path,
+                time_limit=limit,
+                save_every=1e9,
+            )
+            break
+        except Unfinished as stop:
+            assert str(stop).startswith("stopped at")
+            stops += 1
+            spent.append(records.read(path)[1]["seconds"])
+    assert stops >= 1 and spent == sorted(spent) and seconds > spent[-1]
+    assert content(config, arrays) == expected
+
+
+def test_a_killed_run_ends_with_the_same_digest(tmp_path):
+    """SIGKILL at a random moment, then to the end in another process."""
+    script = """
+import sys
+from pathlib import Path
+from test_train import killed_work, metas_of
+from l2olib.train import drive
+config = killed_work()
+drive(
+    config.job("cpu", False, metas_of(config.method)),
+    key="k",
+    checkpoint=Path(sys.argv[1]),
+    save_every=0,
+    report=lambda done, total: print(done, flush=True),
+)
+"""
+    path, config = tmp_path / "run.checkpoint", killed_work()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([SRC, str(Path(__file__).parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        enough = random.randrange(20, 150)
+        while int(process.stdout.readline()) < enough:
+            pass
+        time.sleep(random.random() / 50)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "the run must not end before"
+    job = config.job("cpu", False, metas_of(config.method))
+    done, total = job.position(records.unflatten(records.read(path)[0]))
+    assert 0 < done < total
+    resumed, _ = drive(job, key="k", checkpoint=path)
+    assert content(config, resumed) == content(config, outcome(config))
+
+
+def killed_work() -> Training:
+    """A guarded run with an LSTM and momentum, in many pieces."""
+    guard = LGL2O(SMALL, SGD(PowerDecay(3.0), 0.9), n_t=5, n_c=2)
+    return Training(MLP((2, 5, 2)), "moons", guard, 400, (0, 1), 2, 16, 10)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(toy_data, tmp_path):
+    config, path = work(METHODS["alone"]), tmp_path / "run.checkpoint"
+    outcome(config, key="one", checkpoint=path, save_every=0)
+    before = path.read_bytes()
+    with pytest.raises(RecordError, match="run.checkpoint .* another configuration"):
+        outcome(config, key="two", checkpoint=path)
+    path.write_bytes(before[:-10])
+    with pytest.raises(RecordError, match="run.checkpoint is damaged"):
+        outcome(config, key="one", checkpoint=path)
+    assert path.read_bytes() == before[:-10], "nothing may be overwritten"
+
+
+def test_progress_is_reported(toy_data):
+    seen = []
+    outcome(work(METHODS["alone"]), report=lambda *at: seen.append(at))
+    assert seen == [(k, 40) for k in (0, 10, 20, 30, 40)]
+
+
+# ---- what is recorded ----------------------------------------------------------------
+
+
+def test_recorded_losses_are_those_before_each_step(toy_data):
+    """An optimizer that does not move shows which batch and which seed is used."""
+    config = work(Alone(Step(0.0)), seeds=(2, 3))
+    arrays = outcome(config)
+    job = config.job("cpu", False, metas_of(config.method))
+    for row, seed in enumerate(config.seeds):
+        x = config.optimizee.init(seed)
+        idx = train_indices(64, 8, seed, 0, 40)
+        expected = torch.stack([job.task.loss(x, batch) for batch in idx])
+        assert torch.allclose(
+            arrays["loss"][row], expected[arrays["steps"] - 1], rtol=1e-6
+        )
+        full = job.task.full_loss(x).item()
+        assert arrays["full_loss"][row].tolist() == pytest.approx([full] * 4, rel=1e-6)
+    assert arrays["marks"].tolist() == [10, 20, 30, 40]
+
+
+def test_full_losses_are_those_after_the_marked_step(toy_data):
+    config = work(Alone(GD), seeds=(0,), replicas=1)
+    arrays = outcome(config)
+    job = config.job("cpu", False, {})
+    x = config.optimizee.init(0)
+    for batch in train_indices(64, 8, 0, 0, 20):
+        x = x - 0.5 * job.task.loss_and_grad(x, batch)[1]
+    at = arrays["marks"].tolist().index(20)
+    for name in ("full_loss", "test_loss", "test_error"):
+        expected = getattr(job.task, name)(x).item()
+        assert arrays[name][0, at].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["guard", "algorithm 1", "iid", "fixed"])
+def test_every_guard_leaves_its_decisions(name, toy_data):
+    method = METHODS[name]
+    arrays = outcome(work(method))
+    decisions = 40 // method.n_t
+    assert arrays["use_l2o"].shape == (2, decisions)
+    assert arrays["use_l2o"].dtype == torch.uint8
+    at = arrays["decisions"] - 1
+    chosen = arrays["valid_l2o"] < arrays["valid_fallback"]
+    assert torch.equal(chosen, arrays["use_l2o"][:, at].bool())
+
+
+def test_audits_are_true_losses_of_the_last_decision(toy_data):
+    """With the full loss as criterion the audit must find what the guard found."""
+    arrays = outcome(work(METHODS["algorithm 1"]))
+    assert arrays["audit.full_proposal"].shape == (2, 2)
+    for ours, theirs in (
+        ("full_proposal", "valid_l2o"),
+        ("full_fallback", "valid_fallback"),
+    ):
+        audit = arrays[f"audit.{ours}"]
+        assert torch.allclose(audit, arrays[f"audit.{theirs}"], rtol=1e-6)
+        # After every second segment of 10 decisions: decisions 20 and 40.
+        columns = [arrays["decisions"].tolist().index(k) for k in (20, 40)]
+        assert torch.allclose(audit, arrays[theirs][:, columns], rtol=1e-6)
+
+
+def test_no_audit_when_none_is_asked_for(toy_data):
+    arrays = outcome(work(METHODS["guard"], audit_every=0))
+    assert not [name for name in arrays if name.startswith("audit")]
+
+
+def test_validation_batches_of_each_mode(toy_data):
+    for mode in ("disjoint", "iid", "fixed"):
+        method = LGL2O(SMALL, GD, n_t=5, n_c=2, validation=mode)
+        config = work(method, segment=20)
+        idx, held = config.job("cpu", False, metas_of(method)).batches(20)
+        assert held.shape == (2, 4, 2, 8)
+        for row, seed in enumerate(config.group):
+            assert torch.equal(idx[row], train_indices(64, 8, seed, 20, 20))
+            for d in range(4):
+                used = set(idx[row, 5 * d : 5 * d + 5].flatten().tolist())
+                own = held[row, d]
+                if mode == "fixed":
+                    expected = valid_indices(64, 8, seed, 0, 2, None)
+                else:
+                    expected = valid_indices(
+                        64, 8, seed, 4 + d, 2, idx[row, 5 * d : 5 * d + 5], mode
+                    )
+                assert torch.equal(own, expected)
+                if mode == "disjoint":
+                    assert not used & set(own.flatten().tolist())
+
+
+def test_methods_are_paired(toy_data):
+    """Every method gets the same initial parameters and training batches."""
+    jobs = [
+        work(method).job("cpu", False, metas_of(method)) for method in METHODS.values()
+    ]
+    first, *others = jobs
+    for job in others:
+        assert torch.equal(
+            job.start()["method"]["params"], first.start()["method"]["params"]
+        )
+        assert torch.equal(job.batches(30)[0], first.batches(30)[0])
+
+
+# ---- bad requests --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 45}, "multiple of the segment, 10, not 45"),
+        ({"steps": 0}, "positive multiple of the segment, 10, not 0"),
+        ({"segment": 8}, "multiple of the decision interval, 5, not 8"),
+        ({"seeds": (1, 2)}, "one group of 2"),
+        ({"seeds": (-1,), "replicas": 1}, "non-negative"),
+        ({"seeds": ()}, "one group of 2"),
+    ],
+)
+def test_impossible_runs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        work(METHODS["guard"], **changes)
+
+
+def test_a_batch_larger_than_the_data_is_refused(toy_data):
+    config = work(METHODS["alone"], batch=65)
+    with pytest.raises(DataError, match="batch of 65 is larger than the 64 .* of toy"):
+        outcome(config)
+
+
+def test_too_few_items_for_validation_are_refused(toy_data):
+    config = work(LGL2O(SMALL, GD, n_t=5, n_c=4))
+    with pytest.raises(DataError, match="need 32 unused items, but only 24"):
+        outcome(config)
+
+
+# ---- thinning ------------------------------------------------------------------------
+
+
+def test_log_spaced():
+    assert log_spaced(1, 8, 4) == [1, 2, 4, 8]
+    assert log_spaced(50, 400, 4, step=50) == [50, 100, 200, 400]
+    assert log_spaced(1, 1, 10) == [1]
+    points = log_spaced(1, 10_000, 300)
+    assert points[0] == 1 and points[-1] == 10_000
+    assert points == sorted(set(points)) and 200 <= len(points) <= 300
+
+
+def test_summaries_of_a_ramp():
+    """Losses 1, 2, 3, ... make every mean a number that can be said in advance."""
+    loss = torch.arange(1.0, 1001).repeat(2, 1)
+    loss[1] *= 2
+    found = summarize(loss, points=20)
+    steps = found["steps"]
+    before = torch.cat([torch.zeros(1), steps[:-1]])
+    assert torch.equal(found["loss"], loss[:, steps - 1])
+    # The mean of a + 1 .. b is (a + 1 + b) / 2.
+    assert torch.equal(found["bin_mean"][0], (before + 1 + steps) / 2)
+    assert torch.equal(found["bin_mean"][1], before + 1 + steps)
+    late = steps >= 300
+    assert torch.equal(found["smooth"][0, late], (2 * steps[late] - 99) / 2.0)
+    assert torch.equal(found["smooth"][0, ~late], steps[~late].float())
+
+
+def test_bins_partition_the_run():
+    loss = random_numbers(0, 3, 777).float()
+    found = summarize(loss)
+    width = torch.diff(found["steps"], prepend=torch.zeros(1, dtype=torch.int64))
+    total = (found["bin_mean"].double() * width).sum(1)
+    assert torch.allclose(total, loss.double().sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_loss_stays_in_its_own_bin(bad):
+    loss = torch.ones(2, 1000)
+    loss[0, 500] = bad
+    found = summarize(loss)
+    own = int((found["steps"] >= 501).int().argmax())
+    good = torch.ones_like(found["bin_mean"], dtype=torch.bool)
+    good[0, own] = False
+    assert found["bin_mean"][good].eq(1).all()
+    assert not found["bin_mean"][0, own].isfinite()
+    seen = (found["steps"] >= 501) & (found["steps"] < 601)
+    assert not found["smooth"][0, seen].isfinite().any()
+    assert found["smooth"][0, ~seen].eq(1).all()
+    assert found["smooth"][1].eq(1).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 99, 300])
+def test_short_runs_can_be_summarized(steps):
+    found = summarize(torch.ones(1, steps))
+    assert found["steps"][-1] == steps
+    assert all(found[k].eq(1).all() for k in ("loss", "bin_mean", "smooth"))
+
+
+def test_data_is_loaded_once(toy_data):
+    assert load("toy") is load("toy")
+
+
+def test_estimates_grow_with_the_work():
+    short = work(METHODS["guard"]).seconds()
+    assert work(METHODS["guard"], steps=80).seconds() == pytest.approx(2 * short)
+    assert work(METHODS["guard"], replicas=4).seconds() > short
