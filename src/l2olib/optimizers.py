@@ -14,6 +14,7 @@ and ``torch.where`` treat every optimizer alike.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,10 +72,43 @@ def constant(lr: float) -> PowerDecay:
 
 
 @dataclass(frozen=True)
+class CosineDecay:
+    """Warm-up, then a cosine from ``lr0`` to ``floor * lr0`` (STAR's reference code).
+
+    With s = t - 1 the number of steps done, of ``steps``: linear in s during the first
+    ``max(warmup, hold)`` of the run if ``warmup`` is positive (so that the warm-up
+    leaves no plateau), and a half cosine from ``hold`` to the end; constant after it.
+    """
+
+    lr0: float
+    steps: int
+    warmup: float = 0.0
+    hold: float = 0.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hold < 1:
+            raise ValueError(f"hold must lie in [0, 1), not {self.hold}")
+
+    def __call__(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        s = (t.to(dtype) - 1).clamp(max=self.steps)
+        start, low = self.hold * self.steps, self.floor * self.lr0
+        done = (s.clamp(min=start) - start) / (self.steps - start)
+        value = (self.lr0 - low) * (torch.cos(math.pi * done) + 1) / 2 + low
+        if self.warmup:
+            end = self.steps * max(self.warmup, self.hold)
+            value = torch.where(s < end, self.lr0 * s / end, value)
+        return value
+
+
+Schedule = PowerDecay | CosineDecay
+
+
+@dataclass(frozen=True)
 class _HandCrafted:
     """Shared: no meta-parameters, a schedule clock ``step``, element-wise work."""
 
-    lr: PowerDecay
+    lr: Schedule
 
     def init_meta(self, seed: int) -> Meta:
         return {}
@@ -147,11 +181,77 @@ class Adam(_HandCrafted):
         *,
         loss: Tensor | None = None,
     ) -> tuple[Tensor, State]:
+        m_hat, v_hat, new = self._moments(grad, state)
+        lr = self.lr(new["step"], grad.dtype)
+        return -lr * m_hat / (v_hat.sqrt() + self.eps), new
+
+    def _moments(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Advance the state; return the bias-corrected moments and the new state."""
         step, count = state["step"] + 1, state["count"] + 1
         m = self.beta1 * state["m"] + (1 - self.beta1) * grad
         v = self.beta2 * state["v"] + (1 - self.beta2) * grad * grad
         t = count.to(grad.dtype)
         m_hat = m / (1 - self.beta1**t)
         v_hat = v / (1 - self.beta2**t)
-        delta = -self.lr(step, grad.dtype) * m_hat / (v_hat.sqrt() + self.eps)
-        return delta, {"step": step, "count": count, "m": m, "v": v}
+        return m_hat, v_hat, {"step": step, "count": count, "m": m, "v": v}
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay and a second epsilon, inside the root.
+
+    x -= lr (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay x), Loshchilov & Hutter
+    2019, in optax's form. Two of its settings matter here: the outer optimizer of
+    evolution strategies (``eps_root = 0``), and the "tuned Adam" of STAR's baselines,
+    ``eps_root = 1e-8`` without decay, which is not torch's Adam where |g| < 1e-4.
+    """
+
+    weight_decay: float = 0.0
+    eps_root: float = 0.0
+
+    def update(
+        self,
+        meta: Meta,
+        grad: Tensor,
+        state: State,
+        params: Tensor,
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        m_hat, v_hat, new = self._moments(grad, state)
+        direction = m_hat / ((v_hat + self.eps_root).sqrt() + self.eps)
+        lr = self.lr(new["step"], grad.dtype)
+        return -lr * (direction + self.weight_decay * params), new
+
+
+@dataclass(frozen=True)
+class NAdamW(Adam):
+    """Nesterov's Adam with weight decay, the tuned baseline of STAR (reference code).
+
+    Unlike :class:`AdamW` it corrects the rate for both biases, and compares ``eps``
+    with the root that is not corrected; ``weight_decay`` is multiplied by that rate.
+    ``l2`` enters the gradient with a MINUS, as in the reference: positive values grow
+    the parameters.
+    """
+
+    weight_decay: float = 0.0
+    l2: float = 0.0
+    nesterov: bool = True
+
+    def update(
+        self,
+        meta: Meta,
+        grad: Tensor,
+        state: State,
+        params: Tensor,
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        grad = grad - self.l2 * params
+        _, _, new = self._moments(grad, state)
+        m, v, t = new["m"], new["v"], new["count"].to(grad.dtype)
+        lr = self.lr(new["step"], grad.dtype)
+        lr = lr * (1 - self.beta2**t).sqrt() / (1 - self.beta1**t)
+        if self.nesterov:
+            m = self.beta1 * m + (1 - self.beta1) * grad
+        return -lr * (m / (v.sqrt() + self.eps) + self.weight_decay * params), new

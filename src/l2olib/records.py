@@ -41,10 +41,16 @@ class RecordError(Exception):
 
 
 def spec(value: Any) -> Any:
-    """Describe a configuration as plain JSON (dataclasses by type and fields)."""
+    """Describe a configuration as plain JSON (dataclasses by type and fields).
+
+    A field declared ``field(compare=False)`` does not tell two configurations apart,
+    here as in ``==``.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
-            f.name: spec(getattr(value, f.name)) for f in dataclasses.fields(value)
+            f.name: spec(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.compare
         }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Mapping):

@@ -1,0 +1,482 @@
+"""Per-parameter MLP optimizers: Blackbox (small_fc_lopt), Hyperparam and STAR.
+
+One tiny network, its weights shared by all parameters, reads 39 features of each
+parameter and writes its step (Harrison, Metz, Sohl-Dickstein, NeurIPS 2022, "STAR";
+small_fc_lopt is Metz et al. 2022). The step is the sum of three terms::
+
+    p <- p - B - G - D
+
+    B  blackbox     step_mult * d * exp(c1 q)                 (times a preconditioner)
+    G  nominal      nominal_stepsize * exp(c2 n) * momentum   (a hand-crafted direction)
+    D  decay        weight_decay * exp(c3 z) * p
+
+where d, q, n, z are the heads of the network and c1, c2, c3 are ``exp_mult``. Blackbox
+has B alone, Hyperparam G alone, STAR both: they are settings of ONE dataclass.
+
+Unlike a coordinate-wise LSTM the network needs to know the tensors: it keeps
+Adafactor's row and column averages of squared gradients, and divides every feature by
+its root mean square over the tensor. So the optimizer holds a
+:class:`~l2olib.optimizees.Layout`, whose shapes are in (in, out) order, the order of the
+reference code: which axis is a row is decided by sizes and, among equal ones, by
+position, so (out, in) would swap rows and columns of square layers. The layout says
+where an optimizer works, not what it is, and is no part of its identity: weights
+meta-trained on one optimizee serve another.
+
+Formulas, epsilons included, are those of the public reference code
+(google/learned_optimization, MLPNomLOpt and AdafacMLPLOpt, snapshot 32186aa4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..optimizees import Layout
+from ..optimizers import Meta, State
+
+DECAYS = {
+    "momentum": (0.9, 0.99, 0.999),
+    "rms": (0.999,),
+    "adafactor": (0.9, 0.99, 0.999),
+}
+"""Decays of the running averages before meta-training."""
+HORIZONS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+"""The time features of step t (the first is 0) are tanh(t / horizon - 1)."""
+CHANNELS = 28
+"""Features that are not time."""
+
+Direction = Literal["SGD", "SGDM", "AggMo", "Adam", "AdamAggMo"]
+
+
+# ---- the network, shared by all optimizers of this module ----------------------------
+
+
+def init_network(sizes: Sequence[int], seed: int) -> Meta:
+    """Draw ``w0 [sizes[0], sizes[1]], b0, w1, ...``: as the reference, biases zero.
+
+    Weights are normal with deviation 1/sqrt(fan-in), cut at two deviations.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    meta: Meta = {}
+    for layer, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        w, s = torch.empty(a, b, dtype=torch.float64), 1 / math.sqrt(a)
+        torch.nn.init.trunc_normal_(w, 0.0, s, -2 * s, 2 * s, generator=gen)
+        meta[f"w{layer}"], meta[f"b{layer}"] = w.float(), torch.zeros(b)
+    return meta
+
+
+def dense(weight: Tensor, bias: Tensor, x: Sequence[Tensor]) -> list[Tensor]:
+    """Apply ``weight [K, H]`` and ``bias [H]`` to K channels of one shape; H channels.
+
+    A matrix product; where the code is compiled and the layer small, written as sums
+    instead: these fuse with what makes the channels, which then never reach memory.
+    """
+    if torch.compiler.is_compiling() and weight.numel() <= 128:
+        out = []
+        for column, start in zip(weight.unbind(1), bias, strict=True):
+            total = start
+            for w, channel in zip(column, x, strict=True):
+                total = total + w * channel
+            out.append(total)
+        return out
+    stacked = torch.stack(list(x))
+    y = torch.addmm(bias[:, None], weight.T, stacked.flatten(1))
+    return list(y.unflatten(1, stacked.shape[1:]))
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / root mean square over the tensor of each channel of ``x [K, ...]``: [K]."""
+    return (1e-5 + x.square().flatten(1).mean(1)).rsqrt()
+
+
+def network(meta: Meta, blocks: Sequence[Tensor], step: Tensor) -> list[Tensor]:
+    """Heads ``[*shape]`` of the MLP for the elements of one tensor.
+
+    ``blocks`` are the features in the order of the rows of ``w0``, each ``[channels,
+    *shape]`` with size 1 on axes along which it is constant. Normalising a channel is
+    scaling its row of ``w0``, and what is constant along an axis passes the first layer
+    once, not once an element; so neither normalised nor repeated features are formed.
+    """
+    t = step.to(blocks[0].dtype)
+    time = torch.tanh(t / torch.tensor(HORIZONS, dtype=t.dtype, device=t.device) - 1)
+    first: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    row = 0
+    for block in blocks:
+        rows, channels = first.setdefault(tuple(block.shape[1:]), ([], []))
+        scale = inverse_rms(block)
+        rows.append(scale[:, None] * meta["w0"][row : row + len(block)])
+        channels.extend(block)
+        row += len(block)
+    bias = meta["b0"] + time @ meta["w0"][row:]
+    parts = []
+    for rows, channels in first.values():
+        parts.append(dense(torch.cat(rows), bias, channels))
+        bias = torch.zeros_like(bias)
+    x = [sum(units[1:], units[0]) for units in zip(*parts, strict=True)]
+    layer = 1
+    while f"w{layer}" in meta:
+        x = dense(meta[f"w{layer}"], meta[f"b{layer}"], [torch.relu(u) for u in x])
+        layer += 1
+    return x
+
+
+def shapes_of(layout: Layout) -> list[tuple[int, ...]]:
+    """Shapes of a layout's tensors; a scalar counts as a vector of one element."""
+    return [shape or (1,) for shape in layout.shapes.values()]
+
+
+def tensors(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Split ``flat [..., n]`` into views ``[..., *shape]``."""
+    parts = flat.split([math.prod(shape) for shape in shapes], -1)
+    return [p.unflatten(-1, s) for p, s in zip(parts, shapes, strict=True)]
+
+
+def averaged(average: Tensor, value: Tensor, rate: Tensor) -> Tensor:
+    """Move running averages ``[K, ...]`` towards ``value [...]`` at ``rate [K]``."""
+    return average + rate.view(-1, *[1] * value.ndim) * (value - average)
+
+
+# ---- Adafactor's rows and columns ----------------------------------------------------
+
+
+def factored(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Axes (second largest, largest) of a tensor, counted from its end; None below 2.
+
+    Row averages run over the largest axis, column averages over the second largest.
+    Among equal sizes the later axis counts as the larger; other axes are kept.
+    """
+    if len(shape) < 2:
+        return None
+    *_, second, largest = sorted(range(-len(shape), 0), key=lambda axis: shape[axis])
+    return second, largest
+
+
+def without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    kept = list(shape)
+    del kept[axis]
+    return tuple(kept)
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    return x.clamp(min=1e-9).rsqrt()
+
+
+def features(
+    g: Tensor, p: Tensor, m: Tensor, r: Tensor, row: Tensor, col: Tensor
+) -> dict[str, Tensor]:
+    """The 28 features of one tensor before normalisation, in the order of ``w0``.
+
+    ``g, p, r [*shape]`` are gradient, parameter and mean squared gradient, ``m [3,
+    *shape]`` the momenta, ``row`` and ``col`` ``[3, ...]`` the averages without the
+    largest or second largest axis (``row`` of a vector: not reduced, ``col`` unused).
+    Each result is ``[channels, *shape]``, with size 1 where it is constant.
+    """
+    inverse = (r + 1e-6).rsqrt()
+    axes = factored(tuple(g.shape))
+    if axes is None:
+        col = row
+        by_gradient, by_momentum = inverse_root(row + 1e-9), (row + 1e-6).rsqrt()
+    else:
+        second, largest = axes
+        inside = second + 1 if second < largest else second  # that axis within `row`
+        mean = row.mean(inside, keepdim=True)
+        rows = inverse_root(row / (mean + 1e-9)).unsqueeze(largest)
+        row, col = row.unsqueeze(largest), col.unsqueeze(second)
+        by_gradient = by_momentum = rows * inverse_root(col)
+    return {
+        "gradient": g[None],
+        "parameter": p[None],
+        "momentum": m,
+        "rms": r[None],
+        "adam": m * inverse,
+        "inverse_rms": inverse[None],
+        "factored_gradient": g * by_gradient,
+        "row": row,
+        "column": col,
+        "inverse_row": (row + 1e-8).rsqrt(),
+        "inverse_column": (col + 1e-8).rsqrt(),
+        "factored_momentum": m * by_momentum,
+    }
+
+
+# ---- the optimizers ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MLPOptimizer:
+    """The family of the module's docstring; see :func:`star` and its neighbours.
+
+    ``heads`` is 2 (d, q), 3 (and n) or 4 (and z). Without ``nominal_controller`` n is
+    the constant 1 (as in the reference), without ``decay_controller`` z is 0.
+    ``precondition`` divides B by the root mean square gradient, ``self_normalize``
+    multiplies it by the tensor's mean gradient. ``aggregate_magnitude`` and
+    ``aggregate_nominal`` replace q and n by their means over the tensor.
+    ``learn_nominal`` adds a meta-parameter b that multiplies G by exp(10 b): the
+    learned overall scale that the paper counts and its code does not have (the form of
+    the dependence is ours). ``weight_decay`` is per step, not times a learning rate;
+    it acts on the optimizee and is not the paper's "weight decay", which acts on the
+    meta-parameters.
+
+    State: ``m [3, n]``, ``r [n]``, ``row`` and ``col`` (the averages of all tensors, one
+    after the other), ``step``.
+    """
+
+    layout: Layout = field(compare=False, repr=False)
+    heads: int = 4
+    step_mult: float = 1e-3
+    exp_mult: tuple[float, float, float] = (1e-3, 1e-3, 1e-3)
+    nominal_stepsize: float = 0.0
+    nominal_direction: Direction = "AdamAggMo"
+    nominal_controller: bool = False
+    learn_nominal: bool = False
+    precondition: bool = False
+    self_normalize: bool = False
+    aggregate_magnitude: bool = False
+    aggregate_nominal: bool = False
+    weight_decay: float = 0.0
+    decay_controller: bool = False
+
+    def __post_init__(self) -> None:
+        needed = 4 if self.decay_controller else 3 if self.nominal_controller else 2
+        if not needed <= self.heads <= 4:
+            raise ValueError(
+                f"these settings need {needed} to 4 heads, not {self.heads}"
+            )
+        if self.nominal_direction not in Direction.__args__:  # type: ignore[attr-defined]
+            raise ValueError(f"there is no direction {self.nominal_direction!r}")
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return shapes_of(self.layout)
+
+    @cached_property
+    def row_shapes(self) -> list[tuple[int, ...]]:
+        """Of each tensor's row averages: without its largest axis; a vector's own."""
+        axes = map(factored, self.shapes)
+        return [
+            without(s, a[1]) if a else s for s, a in zip(self.shapes, axes, strict=True)
+        ]
+
+    @cached_property
+    def col_shapes(self) -> list[tuple[int, ...]]:
+        """Of each tensor's column averages; a vector has none."""
+        axes = map(factored, self.shapes)
+        return [
+            without(s, a[0]) if a else (0,)
+            for s, a in zip(self.shapes, axes, strict=True)
+        ]
+
+    def init_meta(self, seed: int) -> Meta:
+        """Random network; offsets of the decays (and of the nominal scale) zero."""
+        meta = init_network((CHANNELS + len(HORIZONS), 4, 4, self.heads), seed)
+        for family, decays in DECAYS.items():
+            meta[f"{family}_decays"] = torch.zeros(len(decays))
+        if self.learn_nominal:
+            meta["nominal_scale"] = torch.zeros(1)
+        return meta
+
+    def init(self, params: Tensor) -> State:
+        """Start at ``params [n]``; ValueError unless ``n`` is that of the layout."""
+        n = params.shape[-1]
+        if n != self.layout.n:
+            raise ValueError(
+                f"the optimizer was built for {self.layout.n} parameters, not {n}: "
+                "give it the layout of its optimizee"
+            )
+        return {
+            "m": params.new_zeros(3, n),
+            "r": params.new_zeros(n),
+            "row": params.new_zeros(3, sum(map(math.prod, self.row_shapes))),
+            "col": params.new_zeros(3, sum(map(math.prod, self.col_shapes))),
+            "step": torch.zeros((), dtype=torch.int64, device=params.device),
+        }
+
+    def rates(self, meta: Meta) -> dict[str, Tensor]:
+        """1 - decay of each running average: (1 - initial decay) * exp(10 offset).
+
+        Those of squares are kept in [0, 1]; a decay of momentum may become negative.
+        """
+        found = {}
+        for family, decays in DECAYS.items():
+            offset = meta[f"{family}_decays"]
+            start = [math.log(1 - decay) for decay in decays]
+            rate = (offset.new_tensor(start) + 10 * offset).exp()
+            found[family] = rate if family == "momentum" else rate.clamp(0, 1)
+        return found
+
+    def update(
+        self,
+        meta: Meta,
+        grad: Tensor,
+        state: State,
+        params: Tensor,
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        rates = self.rates(meta)
+        m = averaged(state["m"], grad, rates["momentum"])
+        r = averaged(state["r"][None], grad.square(), rates["rms"])[0]
+        per_tensor = zip(
+            tensors(grad, self.shapes),
+            tensors(params, self.shapes),
+            tensors(m, self.shapes),
+            tensors(r, self.shapes),
+            tensors(state["row"], self.row_shapes),
+            tensors(state["col"], self.col_shapes),
+            strict=True,
+        )
+        deltas, rows, cols = [], [], []
+        for tensor_g, tensor_p, tensor_m, tensor_r, row, col in per_tensor:
+            squares = tensor_g.square() + 1e-30
+            axes = factored(tuple(tensor_g.shape))
+            if axes is None:
+                row = averaged(row, squares, rates["adafactor"])
+            else:
+                row = averaged(row, squares.mean(axes[1]), rates["adafactor"])
+                col = averaged(col, squares.mean(axes[0]), rates["adafactor"])
+            found = features(tensor_g, tensor_p, tensor_m, tensor_r, row, col)
+            heads = network(meta, list(found.values()), state["step"])
+            delta = self.step(meta, heads, tensor_g, tensor_p, tensor_m, tensor_r)
+            deltas.append(delta.flatten())
+            rows.append(row.flatten(1))
+            cols.append(col.flatten(1))
+        new = {
+            "m": m,
+            "r": r,
+            "row": torch.cat(rows, 1),
+            "col": torch.cat(cols, 1),
+            "step": state["step"] + 1,
+        }
+        return torch.cat(deltas), new
+
+    def step(
+        self,
+        meta: Meta,
+        heads: list[Tensor],
+        g: Tensor,
+        p: Tensor,
+        m: Tensor,
+        r: Tensor,
+    ) -> Tensor:
+        """-(B + G + D) of one tensor ``[*shape]`` from its heads."""
+        inverse = (r + 1e-6).rsqrt()
+        magnitude = heads[1].mean() if self.aggregate_magnitude else heads[1]
+        step = self.step_mult * heads[0] * (self.exp_mult[0] * magnitude).exp()
+        if self.precondition:
+            step = step * inverse
+        if self.self_normalize:
+            step = step * g.mean()
+        if self.nominal_stepsize:
+            control = heads[2] if self.nominal_controller else torch.ones_like(g)
+            if self.aggregate_nominal:
+                control = control.mean()
+            direction = {"SGD": g, "SGDM": m[2], "Adam": m[2]}.get(
+                self.nominal_direction, m.mean(0)
+            )
+            if self.nominal_direction.startswith("Adam"):
+                direction = direction * inverse
+            scale = self.nominal_stepsize * (self.exp_mult[1] * control).exp()
+            if self.learn_nominal:
+                scale = scale * (10 * meta["nominal_scale"]).exp()
+            step = step + scale * direction
+        if self.weight_decay:
+            shrink = torch.as_tensor(self.weight_decay, dtype=p.dtype, device=p.device)
+            if self.decay_controller:
+                shrink = shrink * (self.exp_mult[2] * heads[3]).exp()
+            step = step + shrink * p
+        return -step
+
+    def flops(self, n: int) -> int:
+        total = 0
+        for shape, row, col in zip(
+            self.shapes, self.row_shapes, self.col_shapes, strict=True
+        ):
+            size = math.prod(shape)
+            constant = (
+                6 * (math.prod(row) + math.prod(col)) if factored(shape) else 12 * size
+            )
+            total += 4 * (16 * size + constant) + 4 * (4 + self.heads) * size
+        return 2 * total
+
+
+def blackbox(layout: Layout) -> MLPOptimizer:
+    """small_fc_lopt, the paper's Blackbox: 197 meta-parameters."""
+    return MLPOptimizer(layout, heads=2)
+
+
+def star(layout: Layout, step_mult: float = 1e-3) -> MLPOptimizer:
+    """STAR with the settings of the paper (section 5.2, App. B.2): 207 meta-parameters.
+
+    ``step_mult`` is the paper's beta3, whose value it leaves open: at 1e-3, the default
+    of the reference, a random initialisation takes violent steps; at 1e-5 it does not.
+    """
+    return MLPOptimizer(
+        layout,
+        step_mult=step_mult,
+        nominal_stepsize=1e-3,
+        nominal_controller=True,
+        precondition=True,
+    )
+
+
+def star_as_described(layout: Layout, step_mult: float = 1e-3) -> MLPOptimizer:
+    """STAR as the paper counts it: 3 heads, learned nominal scale, 203 parameters."""
+    return replace(star(layout, step_mult), heads=3, learn_nominal=True)
+
+
+def hyperparam(layout: Layout) -> MLPOptimizer:
+    """The nominal term alone: a network that sets the step size of AdamAggMo."""
+    return star(layout, step_mult=0.0)
+
+
+@dataclass(frozen=True)
+class MomentumMLP:
+    """The larger per-parameter MLP of Metz et al. 2020 (MLPLOpt of the reference code).
+
+    Features are gradient, parameter and momenta of six fixed decays; 32-32 hidden
+    units, 1,762 meta-parameters; steps as Blackbox. State: ``m [6, n]``, ``step``.
+    """
+
+    layout: Layout = field(compare=False, repr=False)
+    hidden: int = 32
+    decays: tuple[float, ...] = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+    step_mult: float = 1e-3
+    exp_mult: float = 1e-3
+
+    def init_meta(self, seed: int) -> Meta:
+        inputs = 2 + len(self.decays) + len(HORIZONS)
+        return init_network((inputs, self.hidden, self.hidden, 2), seed)
+
+    def init(self, params: Tensor) -> State:
+        return {
+            "m": params.new_zeros(len(self.decays), params.shape[-1]),
+            "step": torch.zeros((), dtype=torch.int64, device=params.device),
+        }
+
+    def update(
+        self,
+        meta: Meta,
+        grad: Tensor,
+        state: State,
+        params: Tensor,
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        rate = 1 - grad.new_tensor(self.decays)
+        m = averaged(state["m"], grad, rate)
+        shapes, deltas = shapes_of(self.layout), []
+        for g, p, v in zip(
+            *(tensors(flat, shapes) for flat in (grad, params, m)), strict=True
+        ):
+            d, q = network(meta, [g[None], p[None], v], state["step"])
+            deltas.append((-self.step_mult * d * (self.exp_mult * q).exp()).flatten())
+        return torch.cat(deltas), {"m": m, "step": state["step"] + 1}
+
+    def flops(self, n: int) -> int:
+        return 2 * n * self.hidden * (2 + len(self.decays) + self.hidden + 2)
