@@ -19,8 +19,12 @@ from l2olib.claims import (
     Later,
     Learns,
     Lower,
+    MoreSwitching,
+    Noisier,
     NotTestable,
     NotWorse,
+    RisesFirst,
+    Stuck,
     Switching,
     divergence,
     holm,
@@ -263,7 +267,8 @@ def test_switching():
     def shares(early: float, late: float, seeds: int = 6):
         gen = torch.Generator().manual_seed(0)
         level = torch.linspace(early, late, 1_000).repeat(seeds, 1)
-        return {"use_l2o": torch.bernoulli(level, generator=gen).byte()}
+        use = torch.bernoulli(level, generator=gen)
+        return {"use_l2o": use, "decisions": torch.arange(1, 1_001)}
 
     test = Switching("f", "G")
     assert test({"G": shares(0.9, 0.2)}).passed
@@ -272,6 +277,39 @@ def test_switching():
     final = shares(0.9, 0.5)
     final["use_l2o"][:, -100:] = 0
     assert not test({"G": final}).passed, "for good is not a drift"
+
+
+def test_more_switching():
+    def switches(count: float, seeds: int = 6):
+        counts = torch.tensor([[count, 2 * count]]).repeat(seeds, 1)
+        return {"switches": counts, "decisions": torch.tensor([10, 100])}
+
+    curves = {"A": switches(5), "B": switches(4)}
+    assert MoreSwitching("f", "A", "B")(curves).passed
+    assert not MoreSwitching("f", "B", "A")(curves).passed
+    assert "0.15 against 0.12" in MoreSwitching("f", "A", "B")(curves).measured
+
+
+def test_noisier_stuck_and_rising():
+    ripple = torch.where(torch.arange(10_000) % 600 < 300, 0.05, -0.05)
+    falling = torch.linspace(1.0, 0.5, 10_000).repeat(6, 1)
+    hump = torch.ones(6, 10_000)
+    hump[:, 20:40] = 1.3
+    curves = {
+        "calm": flat(1.0),
+        "wavy": run(1 + ripple.repeat(6, 1)),
+        "falling": run(falling),
+        "hump": run(hump),
+    }
+    late, early = (5_000, 10_000), (0, 1_000)
+    assert Noisier("f", "wavy", "calm", late)(curves).passed
+    assert not Noisier("f", "calm", "wavy", late)(curves).passed
+    assert Stuck("f", "wavy", late, early)(curves).passed
+    assert not Stuck("f", "falling", late, early)(curves).passed
+    assert Stuck("f", "falling", late, early, share=0.5)(curves).passed
+    assert RisesFirst("f", "hump")(curves).passed
+    assert not RisesFirst("f", "hump", by=0.31)(curves).passed
+    assert not RisesFirst("f", "falling")(curves).passed
 
 
 def test_learns():

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2olib.data import train_indices, valid_indices
-from l2olib.guards import LGL2O
+from l2olib.guards import LGL2O, Margin, Sequential, Switch
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -255,6 +255,7 @@ class Plain:
     def __post_init__(self) -> None:
         self.h = self.guard.proposal.init(self.x)
         self.o = self.guard.fallback.init(self.x)
+        self.noise = math.nan
         self.log: list[tuple[bool, float, float, float]] = []
         self.losses: list[float] = []
 
@@ -279,16 +280,38 @@ class Plain:
         items = self.task.optimizee.losses(x, (data.x[which], data.y[which])).tolist()
         return math.fsum(items) / len(items), items
 
+    def walk(self, test: Sequential, d: list[float], size: int, apart: float) -> bool:
+        """Batch after batch until the sum is outside; the noise is the past's."""
+        mean = math.fsum(d) / len(d)
+        variance = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / size
+        seen = variance / apart**2
+        known = seen if math.isnan(self.noise) else self.noise
+        self.noise = test.memory * known + (1 - test.memory) * seen
+        total = 0.0
+        for k in range(0, len(d), size):
+            total += math.fsum(d[k : k + size]) / size
+            if abs(total) > test.c * math.sqrt(known) * apart:
+                return total < 0
+        return False
+
     def decide(self, idx: Tensor, held: Tensor | None) -> None:
         guard = self.guard
         y, h_y, losses_y = self.branch("proposal", self.h, idx)
         z, o_z, losses_z = self.branch("fallback", self.o, idx)
         (f_y, items_y), (f_z, items_z) = self.value(y, held), self.value(z, held)
-        won = f_y < f_z
         d = [a - b for a, b in zip(items_y, items_z, strict=True)]
         mean = math.fsum(d) / len(d)
         spread = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / len(d)
         error = 0.0 if held is None else math.sqrt(spread)
+        apart, way = math.dist(y, z), math.dist(z, self.x)
+        if guard.test is None:
+            won = f_y < f_z
+        elif isinstance(guard.test, Margin):
+            won = mean < -guard.test.z * error
+        else:
+            won = self.walk(guard.test, d, len(d) // guard.n_c, apart)
+        if guard.radius is not None:
+            won = won and apart <= guard.radius * way
         self.log.append((won, f_y, f_z, error))
         self.losses += losses_y if won else losses_z
         clock = self.o.get("step")
@@ -388,6 +411,28 @@ def test_every_criterion_equals_the_plain_algorithm(validation, n_t):
     compare(LGL2O(LSTM, GD, n_t=n_t, n_c=3, validation=validation))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"test": Margin(0.0)},
+        {"test": Margin(1.0)},
+        {"test": Sequential(0.7)},
+        {"test": Sequential(2.0, memory=0.5), "n_c": 5},
+        {"radius": 4.0},
+        {"test": Margin(0.5), "radius": 4.0, "proposal_state": "reset"},
+    ],
+    ids=str,
+)
+def test_every_test_of_noise_equals_the_plain_algorithm(options):
+    guard = LGL2O(
+        SGD(PowerDecay(1.0, 10.0), momentum=0.7),
+        Adam(PowerDecay(0.3, 5.0)),
+        **{"n_t": 3, "n_c": 4, **options},
+    )
+    won = compare(guard, 12)
+    assert 0 < sum(won) < len(won), "both outcomes must occur"
+
+
 EITHER_SIDE = {
     "sgd": GD,
     "momentum": SGD(PowerDecay(0.2, 10.0), momentum=0.9),
@@ -467,11 +512,95 @@ def test_hidden_state_survives_a_bad_gradient():
         ("proposal_state", "keep"),
         ("fallback_state", "carry"),
         ("clock", "wall"),
+        ("radius", 0.0),
     ],
 )
 def test_wrong_options_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be .*{value}"):
         LGL2O(LSTM, GD, **{field: value})
+
+
+def test_wrong_tests_of_noise_are_refused():
+    with pytest.raises(ValueError, match="^z must be at least 0, not -1"):
+        Margin(-1.0)
+    with pytest.raises(ValueError, match="^z must be at least 0, not nan"):
+        Margin(math.nan)
+    with pytest.raises(ValueError, match="^c must be positive, not 0"):
+        Sequential(0.0)
+    with pytest.raises(ValueError, match="^memory must lie strictly between"):
+        Sequential(memory=1.0)
+    with pytest.raises(ValueError, match="^the full loss has no noise"):
+        LGL2O(LSTM, GD, validation="full", test=Margin())
+
+
+# ---- what tests of noise promise -----------------------------------------------------
+
+TRIALS, N_C, SIZE, APART = 20_000, 10, 4, 0.5
+
+
+def accepted(test, mean: float, noise: float) -> tuple[float, float]:
+    """Share of acceptances, and batches used, at a true difference ``mean``.
+
+    Items are Gaussian with a standard deviation of 2, so one of a batch is 1.
+    """
+    delta = mean + random_numbers(int(100 * mean), TRIALS * N_C * SIZE) * 2.0
+    state = {"noise": torch.tensor(noise).double()} if noise else {}
+    apart = torch.tensor(APART).double()
+
+    def one(d):
+        favours, _, trace = test(d, apart, state)
+        return favours.double(), trace.get("batches_used", torch.tensor(N_C))
+
+    favours, used = torch.func.vmap(one)(delta.view(TRIALS, N_C, SIZE))
+    return favours.mean().item(), used.double().mean().item()
+
+
+@pytest.mark.parametrize("mean", [0.05, 0.15, 0.3, 0.6])
+def test_expected_harm_stays_below_its_bound(mean):
+    """Theorem N with estimated noise, and Theorem S with noise known from the past."""
+    z, c, nu = 2.0, 3.0, N_C * SIZE - 1
+    error, room = (1 / N_C) ** 0.5, 3 * mean / TRIALS**0.5
+    bound = error * (1 + z**2 / nu) ** (-nu / 2) / (2 * math.sqrt(math.e))
+    assert mean * accepted(Margin(z), mean, 0.0)[0] < bound + room
+    share, used = accepted(Sequential(c), mean, 1 / APART**2)
+    assert mean * share < 1 / (2 * math.e * c) + room
+    assert used < N_C
+
+
+def test_a_clear_gain_passes_and_costs_few_batches():
+    assert accepted(Margin(3.0), -2.0, 0.0)[0] > 0.99
+    share, used = accepted(Sequential(3.0), -2.0, 1 / APART**2)
+    assert share > 0.99
+    assert used < 3
+
+
+# ---- a control -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segment", [2, 10])
+def test_switch_is_one_optimizer_and_then_the_other(segment):
+    """The fallback starts afresh, at the right place of its schedule."""
+    task, at = blobs(), 4
+    late = SGD(PowerDecay(0.3, 5.0), momentum=0.9)
+    method = Switch(LSTM, late, at)
+    metas, idx = metas_of(method), batches(task, 10, 8)
+    state, losses = method.init(start_of(task)), []
+    for part in idx.split(segment):
+        state, trace = method.segment(task, metas, state, part, None)
+        losses += trace["loss"].tolist()
+    x, h, o = start_of(task), LSTM.init(start_of(task)), late.init(start_of(task))
+    o["step"] = torch.tensor(at)
+    for k, batch in enumerate(idx):
+        loss, g = task.loss_and_grad(x, batch)
+        assert losses[k] == pytest.approx(loss.item())
+        if k < at:
+            move, h = LSTM.update(metas["proposal"], g, h, x)
+        else:
+            move, o = late.update({}, g, o, x)
+        x = x + move
+    assert torch.allclose(state["params"], x, rtol=1e-12)
+    with pytest.raises(ValueError, match="^at must be at least 1, not 0"):
+        Switch(LSTM, GD, 0)
 
 
 # ---- the item numbers that a decision gets -------------------------------------------
@@ -509,6 +638,7 @@ class Counted:
         LGL2O(LSTM, GD, n_t=5, n_c=3),
         LGL2O(LSTM, LSTMOptimizer(hidden=3), n_t=2, n_c=4, validation="iid"),
         LGL2O(LSTM, GD, n_t=1, validation="full"),
+        LGL2O(LSTM, GD, n_t=5, n_c=3, test=Sequential()),
     ],
 )
 def test_stated_cost_equals_counted_cost(method):

@@ -24,7 +24,15 @@ from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
 from l2olib.records import RecordError
-from l2olib.train import Alone, Training, Unfinished, drive, log_spaced, summarize
+from l2olib.train import (
+    Alone,
+    Training,
+    Unfinished,
+    drive,
+    log_spaced,
+    shares,
+    summarize,
+)
 
 LSTM = LSTMOptimizer()
 SMALL = LSTMOptimizer(hidden=4)
@@ -286,11 +294,20 @@ def test_every_guard_leaves_its_decisions(name, toy_data):
     method = METHODS[name]
     arrays = outcome(work(method))
     decisions = 40 // method.n_t
-    assert arrays["use_l2o"].shape == (2, decisions)
-    assert arrays["use_l2o"].dtype == torch.uint8
-    at = arrays["decisions"] - 1
+    assert arrays["decisions"].tolist() == list(range(1, decisions + 1))
     chosen = arrays["valid_l2o"] < arrays["valid_fallback"]
-    assert torch.equal(chosen, arrays["use_l2o"][:, at].bool())
+    assert torch.equal(chosen.float(), arrays["use_l2o"])
+    changes = chosen[:, 1:] != chosen[:, :-1]
+    assert torch.equal(changes.int(), arrays["switches"][:, 1:])
+    assert not arrays["switches"][:, 0].any()
+
+
+def test_shares_of_decisions_in_bins():
+    use = torch.tensor([[1.0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1]])
+    found = shares(use, torch.tensor([1, 3, 6]))
+    assert found["use_l2o"].tolist() == [[1, 0.5, pytest.approx(1 / 3)],
+                                         [0, 0, pytest.approx(1 / 3)]]  # fmt: skip
+    assert found["switches"].tolist() == [[0, 1, 2], [0, 0, 1]]
 
 
 def test_audits_are_true_losses_of_the_last_decision(toy_data):

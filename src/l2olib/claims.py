@@ -95,12 +95,15 @@ def detectable(differences: Tensor) -> float:
 # ---- reading curves ------------------------------------------------------------------
 
 
-def window_mean(arrays: Arrays, window: Window) -> Tensor:
+def window_mean(
+    arrays: Arrays, window: Window, values: str = "bin_mean", at: str = "steps"
+) -> Tensor:
     """Mean mini-batch training loss ``[R]`` over the steps ``a < k <= b``.
 
-    Exact up to the snapping of a and b to the record's log-spaced points.
+    Exact up to the snapping of a and b to the record's log-spaced points. Likewise
+    other means over the bins between points, such as ``use_l2o`` over ``decisions``.
     """
-    steps = arrays["steps"]
+    steps = arrays[at]
     a, b = window
     if int(steps[-1]) < b:
         raise NotTestable(f"the records end at step {int(steps[-1])}, before {b}")
@@ -108,8 +111,8 @@ def window_mean(arrays: Arrays, window: Window) -> Tensor:
     low = int((starts - a).abs().argmin())
     high = max(int((steps - b).abs().argmin()), low)
     width = (steps - starts)[low : high + 1].double()
-    values = arrays["bin_mean"][:, low : high + 1].double()
-    return (values * width).sum(1) / width.sum()
+    means = arrays[values][:, low : high + 1].double()
+    return (means * width).sum(1) / width.sum()
 
 
 def divergence(arrays: Arrays) -> tuple[Tensor, Tensor]:
@@ -284,10 +287,13 @@ class Switching:
     method: str
 
     def __call__(self, curves: Curves) -> Outcome:
-        use = _method(curves, self.method)["use_l2o"].double()
-        _enough(len(use))
-        tenth = max(1, use.shape[1] // 10)
-        early, late = use[:, :tenth].mean(1), use[:, -tenth:].mean(1)
+        arrays = _method(curves, self.method)
+        last = int(arrays["decisions"][-1])
+        early, late = (
+            window_mean(arrays, window, "use_l2o", "decisions")
+            for window in ((0, last // 10), (last - last // 10, last))
+        )
+        _enough(len(early))
         p, alive = sign_flip(late - early), (late > 0).double().mean().item()
         text = f"share {early.mean():.3g}, then {late.mean():.3g}, p = {p:.2g}"
         return Outcome(p < ALPHA and alive >= 0.8, p, text, detectable(late - early))
@@ -296,6 +302,120 @@ class Switching:
         return (
             f"{self.method}: proposals win less often late than early, but still some"
         )
+
+
+@dataclass(frozen=True)
+class MoreSwitching:
+    """``method`` changes its choice in a larger share of decisions than ``reference``.
+
+    Over the whole run; paired by seed, one-sided sign-flip test.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (
+            arrays["switches"].double().sum(1) / arrays["decisions"][-1]
+            for arrays in (_method(curves, n) for n in (self.method, self.reference))
+        )
+        _enough(len(a))
+        p = sign_flip(b - a)
+        text = f"{a.mean():.3g} against {b.mean():.3g} of decisions, p = {p:.2g}"
+        return Outcome(p < ALPHA, p, text, detectable(b - a))
+
+    def __str__(self) -> str:
+        return f"{self.method} switches more often than {self.reference}"
+
+
+@dataclass(frozen=True)
+class Noisier:
+    """The smoothed loss of ``method`` varies more than that of ``reference``.
+
+    Standard deviation over the recorded points of a window, of each seed; paired,
+    one-sided sign-flip test.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    window: Window
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (self._spread(_method(curves, n)) for n in (self.method, self.reference))
+        _enough(len(a))
+        p = sign_flip(b - a)
+        text = f"spread {a.mean():.3g} against {b.mean():.3g} nat, p = {p:.2g}"
+        return Outcome(p < ALPHA, p, text, detectable(b - a))
+
+    def _spread(self, arrays: Arrays) -> Tensor:
+        steps = arrays["steps"]
+        if int(steps[-1]) < self.window[1]:
+            raise NotTestable(f"the records end at step {int(steps[-1])}")
+        inside = (steps > self.window[0]) & (steps <= self.window[1])
+        return _clipped(arrays["smooth"][:, inside].double()).std(1)
+
+    def __str__(self) -> str:
+        return f"{self.method} noisier than {self.reference}, {_steps(self.window)}"
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """``method`` makes next to no progress from ``earlier`` to ``window``.
+
+    Its mean training loss falls by less than ``share`` of the earlier one; one-sided
+    sign-flip test over seeds.
+    """
+
+    experiment: str
+    method: str
+    window: Window
+    earlier: Window
+    share: float = 0.1
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        late, early = (
+            _clipped(window_mean(arrays, w)) for w in (self.window, self.earlier)
+        )
+        _enough(len(late))
+        gap = (1 - self.share) * early - late
+        p = sign_flip(gap)
+        text = f"{early.mean():.3g}, then {late.mean():.3g} nat, p = {p:.2g}"
+        return Outcome(p < ALPHA, p, text, detectable(gap))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method} falls by less than {self.share:.0%} from "
+            f"{_steps(self.earlier)} to {_range(self.window)}"
+        )
+
+
+@dataclass(frozen=True)
+class RisesFirst:
+    """The loss of ``method`` climbs by more than ``by`` nat before it falls.
+
+    Largest mini-batch loss of the first hundred steps against the first one; one-sided
+    sign-flip test over seeds.
+    """
+
+    experiment: str
+    method: str
+    by: float = 0.05
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        losses = _clipped(arrays["loss"][:, arrays["steps"] <= 100].double())
+        _enough(len(losses))
+        gap = losses[:, 0] + self.by - losses.max(1).values
+        p = sign_flip(gap)
+        rise = losses.max(1).values - losses[:, 0]
+        text = f"by {rise.mean():.3g} nat, p = {p:.2g}"
+        return Outcome(p < ALPHA, p, text, detectable(gap))
+
+    def __str__(self) -> str:
+        return f"{self.method} rises by more than {self.by:g} nat first"
 
 
 @dataclass(frozen=True)
@@ -519,6 +639,8 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
 
 _GUARD = "02-loss-guard"
 _LEARN = "01-learning-to-optimize"
+_RESIDUAL = "04-gradient-guard"
+_NOISE = "05-noisy-criterion"
 _ZETA = "lgl2o-lstm-0"
 _EARLY, _MIDDLE, _LATE, _LONG = (
     (0, 100),
@@ -528,11 +650,28 @@ _EARLY, _MIDDLE, _LATE, _LONG = (
 )
 
 
-def _both_parts(figure: str, *windows: Window) -> tuple[NotWorse, ...]:
+def _both_parts(
+    figure: str, *windows: Window, guard: str = "LGL2O"
+) -> tuple[NotWorse, ...]:
     return tuple(
-        NotWorse(figure, "LGL2O", part, window)
+        NotWorse(figure, guard, part, window)
         for window in windows
         for part in ("L2O", "SGD")
+    )
+
+
+_FIG3, _FIG4, _FIG5 = "lgl2o.fig3", "lgl2o.fig4", "lgl2o.fig5"
+_FIG6, _FIG7, _FIG9 = "lgl2o.fig6", "lgl2o.fig7", "lgl2o.fig9"
+
+
+def _everywhere(guard: str) -> tuple[NotWorse, ...]:
+    """Not worse than both parts at all times, on the five problems of this book."""
+    return (
+        *_both_parts(_FIG3, _EARLY, _MIDDLE, _LATE, guard=guard),
+        *_both_parts(_FIG4, _EARLY, _MIDDLE, _LATE, _LONG, guard=guard),
+        *_both_parts(_FIG5, _EARLY, _MIDDLE, _LATE, _LONG, guard=guard),
+        *_both_parts(_FIG6, _EARLY, _MIDDLE, _LATE, guard=guard),
+        *_both_parts(_FIG7, _EARLY, _MIDDLE, _LATE, guard=guard),
     )
 
 
@@ -569,6 +708,17 @@ LEDGER: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "B2-reset",
+        _GUARD,
+        "B2, open detail 1",
+        "With a memory that is reset after a rejection LGL2O is as good as or better "
+        "than both its parts at all times, and drifts towards the fallback",
+        (
+            *_both_parts(_FIG3, _EARLY, _MIDDLE, _LATE, guard="LGL2O reset"),
+            Switching(_FIG3, "LGL2O reset"),
+        ),
+    ),
+    Claim(
         "B3",
         _GUARD,
         "LGL2O Fig. 3",
@@ -579,6 +729,74 @@ LEDGER: tuple[Claim, ...] = (
             Lower("lgl2o.fig3", "GL2O", "SGD", _EARLY),
             Lower("lgl2o.fig3", "L2O", "GL2O", _EARLY, by=0.1),
         ),
+    ),
+    Claim(
+        "B4",
+        _GUARD,
+        "LGL2O Fig. 4",
+        "Circles: LGL2O, L2O and Adam are alike early; L2O diverges later; LGL2O is "
+        "noisier than GL2O late and starts diverging after 20,000 steps; Adam is much "
+        "faster in the long run",
+        (
+            NotWorse(_FIG4, "LGL2O", "L2O", _EARLY),
+            NotWorse(_FIG4, "L2O", "Adam", _EARLY),
+            NotWorse(_FIG4, "Adam", "L2O", _EARLY),
+            Diverges(_FIG4, "L2O"),
+            Noisier(_FIG4, "LGL2O", "GL2O", _LONG),
+            Diverges(_FIG4, "LGL2O", between=(20_000, 100_000)),
+            Lower(_FIG4, "Adam", "LGL2O", _LONG),
+            Lower(_FIG4, "Adam", "SGD", _LONG),
+        ),
+    ),
+    Claim(
+        "B5",
+        _GUARD,
+        "LGL2O Fig. 5",
+        "Spirals: the loss of L2O rises first; SGD is stuck on a plateau for good, "
+        "Adam for very long; after 50,000 steps LGL2O is clearly better than both its "
+        "parts",
+        (
+            RisesFirst(_FIG5, "L2O"),
+            Stuck(_FIG5, "SGD", _LONG, _LATE),
+            Stuck(_FIG5, "Adam", _LATE, _MIDDLE),
+            Lower(_FIG5, "LGL2O", "SGD", _LATE),
+            Lower(_FIG5, "LGL2O", "L2O", _LONG, by=0.02),
+            Lower(_FIG5, "LGL2O", "SGD", _LONG, by=0.02),
+        ),
+    ),
+    Claim(
+        "B6",
+        _GUARD,
+        "LGL2O Fig. 6",
+        "MNIST, Conv3: L2O diverges very quickly, GL2O diverges, LGL2O tracks SGD",
+        (
+            Lower(_FIG6, "SGD", "L2O", _LATE, by=0.5),
+            Lower(_FIG6, "SGD", "GL2O", _LATE, by=0.5),
+            NotWorse(_FIG6, "LGL2O", "SGD", _MIDDLE),
+            NotWorse(_FIG6, "LGL2O", "SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "B7",
+        _GUARD,
+        "LGL2O Fig. 7",
+        "CIFAR-10, Conv3: L2O, GL2O and SGD with momentum diverge to a high loss; "
+        "LGL2O converges on its fallback from the start",
+        (
+            Lower(_FIG7, "SGD", "L2O", _LATE, by=0.2),
+            Lower(_FIG7, "SGD", "GL2O", _LATE, by=0.2),
+            Lower(_FIG7, "SGD", "SGD+momentum", _LATE, by=0.2),
+            NotWorse(_FIG7, "LGL2O", "SGD", _EARLY),
+            NotWorse(_FIG7, "LGL2O", "SGD", _MIDDLE),
+            NotWorse(_FIG7, "LGL2O", "SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "B9",
+        _GUARD,
+        "LGL2O Fig. 9",
+        "Spirals: with Adam as the fallback LGL2O is clearly better than with SGD",
+        (Lower(_FIG9, "LGL2O over Adam", "LGL2O over SGD", _LONG, by=0.02),),
     ),
     Claim(
         "B12",
@@ -632,6 +850,115 @@ LEDGER: tuple[Claim, ...] = (
         (
             Lower("lgl2o.interval", "LGL2O n_t=10", "LGL2O n_t=1", _EARLY),
             NotWorse("lgl2o.interval", "SGD", "LGL2O n_t=1", _EARLY),
+        ),
+    ),
+    Claim(
+        "C1",
+        _RESIDUAL,
+        "LGL2O Fig. 3",
+        "In distribution GL2O never diverges, but over steps 0 to 100 it is better "
+        "than SGD without momentum and much worse than L2O",
+        (
+            Diverges(_FIG3, "GL2O", expected=False),
+            Lower(_FIG3, "GL2O", "SGD", _EARLY),
+            Lower(_FIG3, "L2O", "GL2O", _EARLY, by=0.1),
+        ),
+    ),
+    Claim(
+        "C2",
+        _RESIDUAL,
+        "LGL2O Figs. 4, 5",
+        "On Circles and Spirals GL2O prevents divergence at the price of a slower "
+        "start; on Circles it is less noisy than LGL2O late",
+        (
+            Diverges(_FIG4, "GL2O", expected=False),
+            Diverges(_FIG5, "GL2O", expected=False),
+            Lower(_FIG4, "L2O", "GL2O", _EARLY),
+            Lower(_FIG5, "L2O", "GL2O", _MIDDLE),
+            Noisier(_FIG4, "LGL2O", "GL2O", _LONG),
+        ),
+    ),
+    Claim(
+        "C3",
+        _RESIDUAL,
+        "LGL2O Figs. 6, 7",
+        "On Conv3 GL2O diverges like L2O, its guarantee notwithstanding",
+        (
+            Lower(_FIG6, "SGD", "GL2O", _LATE, by=0.5),
+            Lower(_FIG7, "SGD", "GL2O", _LATE, by=0.2),
+        ),
+    ),
+    Claim(
+        "C5",
+        _RESIDUAL,
+        "LGL2O, section 3",
+        "A step of GL2O needs two gradients one after the other, a step of LGL2O two "
+        "side by side and its share of the validation passes",
+        (
+            Cheaper(_FIG3, "LGL2O", "GL2O", "depth"),
+            Cheaper(_FIG3, "LGL2O", "GL2O", "gradients"),
+            Cheaper(_FIG3, "GL2O", "LGL2O", "forwards"),
+        ),
+    ),
+    Claim(
+        "N1",
+        _NOISE,
+        "ours",
+        "A margin of three standard errors alone, the memory carried on, makes LGL2O "
+        "as good as or better than both its parts at all times",
+        _everywhere("LGL2O margin"),
+    ),
+    Claim(
+        "N2",
+        _NOISE,
+        "ours",
+        "With the memory reset after a rejection and a margin of three standard errors "
+        "LGL2O is as good as or better than both its parts at all times",
+        _everywhere("LGL2O reset, margin"),
+    ),
+    Claim(
+        "N3",
+        _NOISE,
+        "ours",
+        "So it is with the sequential test in place of the margin",
+        _everywhere("LGL2O reset, sequential"),
+    ),
+    Claim(
+        "N4",
+        _NOISE,
+        "ours",
+        "The margin removes what noise does to LGL2O late: lower on MNIST and Circles, "
+        "less switching, no divergence",
+        (
+            Lower(_FIG3, "LGL2O margin", "LGL2O", _LATE),
+            Lower(_FIG4, "LGL2O margin", "LGL2O", _LONG),
+            MoreSwitching(_FIG3, "LGL2O", "LGL2O margin"),
+            MoreSwitching(_FIG4, "LGL2O", "LGL2O margin"),
+            Diverges(_FIG3, "LGL2O margin", expected=False),
+            Diverges(_FIG4, "LGL2O margin", expected=False),
+        ),
+    ),
+    Claim(
+        "N5",
+        _NOISE,
+        "ours",
+        "A noise-aware guard is worth its test: better than L2O for 100 steps and its "
+        "fallback from there on",
+        (
+            Lower(_FIG3, "LGL2O reset, margin", "L2O, then SGD", _MIDDLE),
+            Lower(_FIG4, "LGL2O reset, margin", "L2O, then SGD", _LATE),
+            Lower(_FIG5, "LGL2O reset, margin", "L2O, then SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "N6",
+        _NOISE,
+        "ours",
+        "A guard over two hand-crafted optimizers does as well as the better of them",
+        tuple(
+            NotWorse(figure, "LGL2O of Adam", part, window)
+            for figure, window in ((_FIG3, _LATE), (_FIG4, _LONG), (_FIG5, _LONG))
+            for part in ("Adam", "SGD")
         ),
     ),
 )

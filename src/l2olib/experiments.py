@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import torch
 
 from . import claims, records
 from .data import find_root, load
-from .guards import LGL2O, Memory
+from .guards import GL2O, LGL2O, Margin, Memory, Sequential, Switch
 from .learned.lstm import LSTMOptimizer
 from .metatrain.truncated import LearningCurve, MetaTraining
-from .optimizees import MLP
+from .optimizees import MLP, conv3, conv5
 from .optimizers import SGD, Adam, PowerDecay, constant
 from .records import Record, RecordError
 from .train import Alone, Training, drive, repeatable
@@ -360,15 +360,34 @@ SMALL_MLP = {
 """The MLP with 20 sigmoid units of LGL2O, fitted to each data set."""
 
 
-def lgl2o_methods(lr: float = 3.0, adam: float = 1e-3) -> dict[str, Any]:
-    """The methods of LGL2O Figs. 3 to 8 by their names in the book."""
-    sgd = SGD(PowerDecay(lr, TAU))
+def lgl2o_methods(
+    lr: float = 3.0, adam: float = 1e-3, tau: float = TAU
+) -> dict[str, Any]:
+    """The methods of LGL2O Figs. 3 to 8 by their names in the book.
+
+    ``tau`` is the baselines' (and GL2O's); LGL2O's own is 50,000 (App. D). The last
+    ones are ours: the memory reset after a rejection (open detail 1), guards that know
+    the noise of their criterion, and controls that could explain a guard's success.
+    """
+    sgd, fallback = SGD(PowerDecay(lr, tau)), SGD(PowerDecay(lr, TAU))
+    by_adam = Adam(constant(adam))
     return {
         "L2O": Alone(LSTM),
-        "LGL2O": LGL2O(LSTM, sgd),
+        "GL2O": GL2O(LSTM, sgd),
+        "LGL2O": LGL2O(LSTM, fallback),
         "SGD": Alone(sgd),
-        "SGD+momentum": Alone(SGD(PowerDecay(lr, TAU), momentum=0.9)),
-        "Adam": Alone(Adam(constant(adam))),
+        "SGD+momentum": Alone(SGD(PowerDecay(lr, tau), momentum=0.9)),
+        "Adam": Alone(by_adam),
+        "LGL2O reset": LGL2O(LSTM, fallback, proposal_state="reset"),
+        "LGL2O margin": LGL2O(LSTM, fallback, test=Margin(3.0)),
+        "LGL2O reset, margin": LGL2O(
+            LSTM, fallback, proposal_state="reset", test=Margin(3.0)
+        ),
+        "LGL2O reset, sequential": LGL2O(
+            LSTM, fallback, n_c=20, proposal_state="reset", test=Sequential(3.0)
+        ),
+        "L2O, then SGD": Switch(LSTM, fallback, 100),
+        "LGL2O of Adam": LGL2O(by_adam, fallback),
     }
 
 
@@ -459,23 +478,104 @@ def _fig2(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
 
 FIG2_DATA = ("mnist", "fashion-mnist", "moons", "circles", "spirals", "cifar10")
 
-FIG3: dict[str, dict[str, Any]] = {
-    "smoke": {"data": "digits", "batch": 32, "steps": 200, "seeds": 5, "replicas": 5},
-    "laptop": {"data": "mnist", "steps": 10_000, "seeds": 8},
-    "paper": {"data": "mnist", "steps": 100_000, "seeds": 25, "replicas": 25},
+
+@dataclass(frozen=True)
+class Figure:
+    """One of LGL2O's Figs. 3 to 8: the problem, the rates, and a run's size.
+
+    ``size`` gives, for each profile, what of :class:`~l2olib.train.Training` differs:
+    steps, seeds, replicas, and at ``smoke`` a small data set.
+    """
+
+    data: str
+    optimizees: dict[str, Any]
+    size: dict[str, dict[str, Any]]
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def __call__(
+        self, profile: str, seeds: int | None = None, data: str | None = None
+    ) -> Iterable[tuple[str, Any]]:
+        setting = {"data": self.data, **self.size[profile]}
+        setting |= {
+            k: v for k, v in {"seeds": seeds, "data": data}.items() if v is not None
+        }
+        if setting["data"] not in self.optimizees:
+            raise ExperimentError(
+                f"this figure has no network for {setting['data']!r}: choose from "
+                + ", ".join(self.optimizees)
+            )
+        setting["optimizee"] = self.optimizees[setting["data"]]
+        return trainings(lgl2o_methods(**self.rates), L2O, **setting)
+
+
+CONV3 = {
+    "mnist": conv3((1, 28, 28), 10),
+    "fashion-mnist": conv3((1, 28, 28), 10),
+    "digits28": conv3((1, 28, 28), 10),
+    "cifar10": conv3((3, 32, 32), 10),
+}
+CONV5 = {
+    "tiny-imagenet-50": conv5((3, 64, 64), 50),
+    "cifar10": conv5((3, 32, 32), 10),
 }
 
+_SMALL = {"batch": 32, "steps": 100, "seeds": 5, "replicas": 5}
+_PAPER = {"steps": 100_000, "seeds": 25, "replicas": 25}
 
-def _fig3(
-    profile: str, seeds: int | None = None, data: str | None = None
-) -> Iterable[tuple[str, Any]]:
-    setting = dict(FIG3[profile])
-    if seeds is not None:
-        setting["seeds"] = seeds
-    if data is not None:
-        setting["data"] = data
-    setting["optimizee"] = SMALL_MLP[setting["data"]]
-    return trainings(lgl2o_methods(), L2O, **setting)
+FIGURES: dict[str, Figure] = {
+    "lgl2o.fig3": Figure(
+        "mnist",
+        SMALL_MLP,
+        {
+            "smoke": {"data": "digits", **_SMALL},
+            "laptop": {"steps": 10_000, "seeds": 8},
+            "paper": _PAPER,
+        },
+    ),
+    "lgl2o.fig4": Figure(
+        "circles",
+        SMALL_MLP,
+        {"smoke": _SMALL, "laptop": _PAPER, "paper": _PAPER},
+        {"adam": 1e-2},
+    ),
+    "lgl2o.fig5": Figure(
+        "spirals",
+        SMALL_MLP,
+        {"smoke": _SMALL, "laptop": _PAPER, "paper": _PAPER},
+        {"adam": 1e-2},
+    ),
+    "lgl2o.fig6": Figure(
+        "mnist",
+        CONV3,
+        {
+            "smoke": {"data": "digits28", "batch": 32, "steps": 50, "seeds": 1},
+            "laptop": {"steps": 10_000, "seeds": 5},
+            "paper": _PAPER,
+        },
+        {"lr": 1.0, "tau": 20_000.0, "adam": 1e-2},
+    ),
+    "lgl2o.fig7": Figure(
+        "cifar10",
+        CONV3,
+        {
+            "smoke": {"data": "digits28", "batch": 32, "steps": 50, "seeds": 1},
+            "laptop": {"steps": 10_000, "seeds": 5},
+            "paper": _PAPER,
+        },
+        {"lr": 1.0, "tau": 20_000.0, "adam": 1e-3},
+    ),
+}
+"""Rates: spec card B, sections 3 and 6 (SGD 3.0 on the MLPs, 1.0 on Conv3)."""
+
+
+def _fig9(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    figure = FIGURES["lgl2o.fig5"]
+    setting = {"data": figure.data, "optimizee": figure.optimizees[figure.data]}
+    setting |= figure.size[profile] | ({} if seeds is None else {"seeds": seeds})
+    methods = lgl2o_methods(**figure.rates)
+    fallbacks = {k: methods[k].optimizer for k in ("SGD", "SGD+momentum", "Adam")}
+    guards = {f"LGL2O over {k}": LGL2O(LSTM, f) for k, f in fallbacks.items()}
+    return trainings(guards, L2O, **setting)
 
 
 DETAILS: dict[str, dict[str, Any]] = {
@@ -526,9 +626,40 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         Experiment(
             "lgl2o.fig3",
-            "MNIST, MLP 784-20-10: L2O, its guard and hand-crafted optimizers",
+            "MNIST, MLP 784-20-10: L2O, its guards and hand-crafted optimizers",
             "02-loss-guard",
-            _fig3,
+            FIGURES["lgl2o.fig3"],
+            version=2,
+        ),
+        Experiment(
+            "lgl2o.fig4",
+            "Circles, MLP 2-20-2: the same methods",
+            "02-loss-guard",
+            FIGURES["lgl2o.fig4"],
+        ),
+        Experiment(
+            "lgl2o.fig5",
+            "Spirals, MLP 2-20-2: the same methods",
+            "02-loss-guard",
+            FIGURES["lgl2o.fig5"],
+        ),
+        Experiment(
+            "lgl2o.fig6",
+            "MNIST, Conv3: the same methods",
+            "02-loss-guard",
+            FIGURES["lgl2o.fig6"],
+        ),
+        Experiment(
+            "lgl2o.fig7",
+            "CIFAR-10, Conv3: the same methods",
+            "02-loss-guard",
+            FIGURES["lgl2o.fig7"],
+        ),
+        Experiment(
+            "lgl2o.fig9",
+            "Spirals: LGL2O over three fallbacks",
+            "02-loss-guard",
+            _fig9,
         ),
         Experiment(
             "lgl2o.details",

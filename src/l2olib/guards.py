@@ -2,9 +2,11 @@
 
 :class:`LGL2O` is the loss guard of Premont-Schwarz, Vitku and Feyereisl, "A Simple
 Guard for Learned Optimizers" (ICML 2022). With ``n_t=1`` and ``validation="full"`` it
-is their Algorithm 1, with the defaults their Algorithm 2. Either side may be any
-:class:`~l2olib.optimizers.Optimizer`; NaN and infinity are ordinary inputs.
-:class:`GL2O` is the residual guard that it was compared with.
+is their Algorithm 1, with the defaults their Algorithm 2; a noise-aware ``test``
+(:class:`Margin`, :class:`Sequential`; ours) makes it demand evidence. Either side may
+be any :class:`~l2olib.optimizers.Optimizer`; NaN and infinity are ordinary inputs.
+:class:`GL2O` is the residual guard that it was compared with, :class:`Switch` the
+control that guards nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +40,84 @@ def finite(state: Any) -> Tensor:
     return state.isfinite().all()
 
 
+# ---- tests of a noisy criterion ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Accept when the mean paired difference is below -``z`` standard errors.
+
+    A wrong acceptance then has a probability of at most about exp(-z^2 / 2) and an
+    expected harm of at most SE / (4 z) (Theorem N of the book; ours). ``z = 0`` is the
+    plain comparison.
+    """
+
+    z: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.z >= 0:
+            raise ValueError(f"z must be at least 0, not {self.z}")
+
+    traces = ()
+
+    def init(self, params: Tensor) -> State:
+        return {}
+
+    def __call__(
+        self, delta: Tensor, apart: Tensor, state: State
+    ) -> tuple[Tensor, State, Trace]:
+        """Judge per-item differences ``delta [n_c, B]`` of candidates ``apart``."""
+        error = delta.std() / delta.numel() ** 0.5
+        return delta.mean() < -self.z * error, state, {}
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Add validation batches until the sum of their differences leaves (-cs, cs).
+
+    Below: accept; above, or after all ``n_c``: the fallback. ``s`` is the standard
+    deviation of one batch's difference, so that the expected harm of a decision is at
+    most s / (2c), or s / (2ec) if differences are sub-Gaussian (Theorem S of the book;
+    ours). The theorem wants the threshold fixed before looking: s = sigma |y - z|
+    with sigma pooled over PAST decisions by a moving average of weight ``memory``
+    (only the first decision must use its own).
+    """
+
+    c: float = 3.0
+    memory: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.c > 0:
+            raise ValueError(f"c must be positive, not {self.c}")
+        _inside("memory", self.memory)
+
+    traces = ("batches_used",)
+
+    def init(self, params: Tensor) -> State:
+        return {"noise": params.new_full((), torch.nan)}
+
+    def __call__(
+        self, delta: Tensor, apart: Tensor, state: State
+    ) -> tuple[Tensor, State, Trace]:
+        """Judge per-item differences ``delta [n_c, B]`` of candidates ``apart``."""
+        n_c, size = delta.shape
+        seen = delta.var() / size / apart**2
+        noise = torch.where(state["noise"].isnan(), seen, state["noise"])
+        bar = self.c * noise.sqrt() * apart
+        walk = delta.mean(1).cumsum(0)
+        outside = walk.abs() > bar
+        count = torch.arange(n_c, device=delta.device)
+        first = torch.where(outside, count, n_c).min()
+        favours = ((walk < -bar) & (count == first)).any()
+        pooled = self.memory * noise + (1 - self.memory) * seen
+        after = torch.where(seen.isfinite(), pooled, state["noise"])
+        used = torch.clamp(first + 1, max=n_c)
+        return favours, {"noise": after}, {"batches_used": used}
+
+
+# ---- LGL2O ---------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LGL2O:
     """Loss-guarded L2O: n_t steps of both, then keep the one of lower validation loss.
@@ -59,6 +139,10 @@ class LGL2O:
     * ``clock`` of the fallback's learning-rate schedule (row 4): ``"global"`` counts
       every step, ``"accepted"`` only those that were kept.
 
+    Beyond the paper (ours): ``test`` replaces the plain comparison F(y) < F(z) by one
+    that knows the noise of its estimate, and a proposal further than ``radius`` times
+    the fallback's own way |z - x| from z is rejected.
+
     A candidate counts as finite when its validation loss and all its parameters are. A
     finite one beats one that is not (row 7); if neither is finite x stays and the
     proposal's state is reset. A state that is not finite is never carried on.
@@ -72,6 +156,8 @@ class LGL2O:
     proposal_state: Memory = "carry"
     fallback_state: Literal["keep", "revert", "reset"] = "keep"
     clock: Literal["global", "accepted"] = "global"
+    test: Margin | Sequential | None = None
+    radius: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_t", "n_c"):
@@ -91,6 +177,12 @@ class LGL2O:
                     f"{name} must be one of {', '.join(values)}, "
                     f"not {getattr(self, name)!r}"
                 )
+        if self.test is not None and self.validation == "full":
+            raise ValueError(
+                "the full loss has no noise to test: use test=None or other validation"
+            )
+        if self.radius is not None and not self.radius > 0:
+            raise ValueError(f"radius must be positive or None, not {self.radius}")
 
     @property
     def interval(self) -> int:
@@ -103,7 +195,8 @@ class LGL2O:
 
     @property
     def traces(self) -> tuple[str, ...]:
-        return ("use_l2o", "valid_l2o", "valid_fallback", "standard_error")
+        more = () if self.test is None else self.test.traces
+        return ("use_l2o", "valid_l2o", "valid_fallback", "standard_error", *more)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -111,6 +204,8 @@ class LGL2O:
 
     def init(self, params: Tensor) -> State:
         states = {role: opt.init(params) for role, opt in self.optimizers.items()}
+        if self.test is not None:
+            states["test"] = self.test.init(params)
         return {"params": params, **states}
 
     def segment(
@@ -154,10 +249,20 @@ class LGL2O:
                 task, optimizer, metas[role], x, state[role], batches, first
             )
         y, z = ends["proposal"], ends["fallback"]
-        f_y, f_z, error = self.criterion(task, y, z, held_out)
+        l_y, l_z = self.losses(task, y, held_out), self.losses(task, z, held_out)
+        f_y, f_z, delta = l_y.mean(), l_z.mean(), l_y - l_z
         y_ok = f_y.isfinite() & finite(y)
         z_ok = f_z.isfinite() & finite(z)
-        use = y_ok & (~z_ok | (f_y < f_z))
+        after: State = {}
+        more: Trace = {}
+        if self.test is None:
+            better = f_y < f_z
+        else:
+            better, tested, more = self.test(delta, (y - z).norm(), state["test"])
+            after["test"] = select(z_ok & y_ok, tested, state["test"])
+        if self.radius is not None:
+            better &= (y - z).norm() <= self.radius * (z - x).norm()
+        use = y_ok & (~z_ok | better)
         stay = ~y_ok & ~z_ok
         trace = {
             "loss": torch.where(
@@ -166,10 +271,11 @@ class LGL2O:
             "use_l2o": use,
             "valid_l2o": f_y,
             "valid_fallback": f_z,
-            "standard_error": error,
+            "standard_error": self.error(delta),
             "candidates": torch.stack([y, z]),
+            **more,
         }
-        return {
+        return after | {
             "params": torch.where(stay, x, torch.where(use, y, z)),
             "proposal": self._proposal_after(
                 use, stay, state["proposal"], states["proposal"], x
@@ -179,16 +285,17 @@ class LGL2O:
             ),
         }, trace
 
-    def criterion(
-        self, task: Task, y: Tensor, z: Tensor, held_out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """F(y), F(z) and the standard error of F(y) - F(z) (0 for the full loss)."""
+    def losses(self, task: Task, params: Tensor, held_out: Tensor | None) -> Tensor:
+        """Losses of every validation item ``[n_c, B]``, or the full one ``[1]``."""
         if held_out is None:
-            f_y, f_z = task.full_loss(y), task.full_loss(z)
-            return f_y, f_z, torch.zeros_like(f_y)
-        idx = held_out.flatten()
-        l_y, l_z = task.losses(y, idx), task.losses(z, idx)
-        return l_y.mean(), l_z.mean(), (l_y - l_z).std() / len(idx) ** 0.5
+            return task.full_loss(params)[None]
+        return task.losses(params, held_out.flatten()).view(held_out.shape)
+
+    def error(self, delta: Tensor) -> Tensor:
+        """Standard error of the mean of ``delta`` (0 for the full loss)."""
+        if self.validation == "full":
+            return torch.zeros_like(delta[0])
+        return delta.std() / delta.numel() ** 0.5
 
     def _proposal_after(
         self, use: Tensor, stay: Tensor, start: State, end: State, x: Tensor
@@ -440,3 +547,80 @@ class GL2O:
             + self.proposal.flops(n)
             + 3 * self.fallback.flops(n),
         )
+
+
+# ---- a control -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The proposal for ``at`` steps, then the fallback for good; nothing is compared.
+
+    A guard that does not beat it owes its success to the change of optimizer and not
+    to its test. The fallback starts with a fresh state at step ``at``, its schedule's
+    clock set to that step.
+    """
+
+    proposal: Optimizer
+    fallback: Optimizer
+    at: int = 100
+
+    def __post_init__(self) -> None:
+        if self.at < 1:
+            raise ValueError(f"at must be at least 1, not {self.at}")
+
+    @property
+    def interval(self) -> int:
+        return 1
+
+    @property
+    def batches(self) -> None:
+        return None
+
+    @property
+    def traces(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"proposal": self.proposal, "fallback": self.fallback}
+
+    def init(self, params: Tensor) -> State:
+        states = {role: opt.init(params) for role, opt in self.optimizers.items()}
+        taken = torch.zeros((), dtype=torch.int64, device=params.device)
+        return {"params": params, "taken": taken, **states}
+
+    def segment(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        train: Tensor,
+        valid: Tensor | None,
+    ) -> tuple[State, Trace]:
+        """Take ``len(train)`` steps; the trace holds the losses before each."""
+        losses = []
+        for batch in train:
+            x, early = state["params"], state["taken"] < self.at
+            loss, grad = task.loss_and_grad(x, batch)
+            moves, states = {}, {}
+            for role, optimizer in self.optimizers.items():
+                moves[role], states[role] = optimizer.update(
+                    metas[role], grad, state[role], x, loss=loss
+                )
+            waiting = self.fallback.init(x)
+            if "step" in waiting:
+                waiting["step"] = states["fallback"]["step"]
+            state = {
+                "params": x + torch.where(early, moves["proposal"], moves["fallback"]),
+                "taken": state["taken"] + 1,
+                "proposal": select(early, states["proposal"], state["proposal"]),
+                "fallback": select(early, waiting, states["fallback"]),
+            }
+            losses.append(loss)
+        return state, {"loss": torch.stack(losses)}
+
+    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
+        """Work of a late step: a long run consists of them."""
+        flops = optimizee.flops(batch, gradient=True)
+        return Cost(1.0, 0.0, 1.0, flops + self.fallback.flops(optimizee.layout.n))

@@ -451,7 +451,7 @@ class TrainingJob:
             arrays["decisions"] = torch.tensor(decisions)
             for name in c.method.traces:
                 arrays[name] = state["trace"][name][keep][:, arrays["decisions"] - 1]
-            arrays["use_l2o"] = state["trace"]["use_l2o"][keep].to(torch.uint8)
+            arrays |= shares(state["trace"]["use_l2o"][keep], arrays["decisions"])
         arrays["marks"] = torch.tensor(c.marks)
         arrays |= {name: values[keep] for name, values in state["looks"].items()}
         for name, values in state.get("audit", {}).items():
@@ -460,6 +460,23 @@ class TrainingJob:
         for name, value in vars(cost).items():
             arrays[name] = torch.tensor([value], dtype=torch.float64)
         return arrays
+
+
+def shares(use: Tensor, ends: Tensor) -> Trace:
+    """Who decided: over the decisions after the previous of ``ends [P]`` up to it.
+
+    From choices ``use [R, D]`` (1: the proposal): their mean ``use_l2o [R, P]`` and the
+    number of changes from the decision before, ``switches [R, P]``.
+    """
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    changed = torch.diff(use, dim=1, prepend=use[:, :1]) != 0
+
+    def sums(values: Tensor) -> Tensor:
+        total = torch.nn.functional.pad(values.double().cumsum(1), (1, 0))
+        return total[:, ends] - total[:, starts]
+
+    share = sums(use) / (ends - starts)
+    return {"use_l2o": share.float(), "switches": sums(changed).int()}
 
 
 BURN_IN = 300
