@@ -418,8 +418,8 @@ def test_every_criterion_equals_the_plain_algorithm(validation, n_t):
         {"test": Margin(1.0)},
         {"test": Sequential(0.7)},
         {"test": Sequential(2.0, memory=0.5), "n_c": 5},
-        {"radius": 4.0},
-        {"test": Margin(0.5), "radius": 4.0, "proposal_state": "reset"},
+        {"radius": 1.0},
+        {"test": Margin(0.5), "radius": 1.0, "proposal_state": "reset"},
     ],
     ids=str,
 )
