@@ -16,7 +16,7 @@ has B alone, Hyperparam G alone, STAR both: they are settings of ONE dataclass.
 Unlike a coordinate-wise LSTM the network needs to know the tensors: it keeps
 Adafactor's row and column averages of squared gradients, and divides every feature by
 its root mean square over the tensor. So the optimizer holds a
-:class:`~l2olib.optimizees.Layout`, whose shapes are in (in, out) order, the order of the
+:class:`~l2olib.optimizees.Layout`, whose shapes are in (in, out) order, that of the
 reference code: which axis is a row is decided by sizes and, among equal ones, by
 position, so (out, in) would swap rows and columns of square layers. The layout says
 where an optimizer works, not what it is, and is no part of its identity: weights
@@ -223,7 +223,7 @@ class MLPOptimizer:
     it acts on the optimizee and is not the paper's "weight decay", which acts on the
     meta-parameters.
 
-    State: ``m [3, n]``, ``r [n]``, ``row`` and ``col`` (the averages of all tensors, one
+    State: ``m [3, n]``, ``r [n]``, ``row`` and ``col`` (averages of all tensors, one
     after the other), ``step``.
     """
 

@@ -79,8 +79,39 @@ def meta_gradient(
     return dict(zip(leaves, grads, strict=True)), losses.detach(), params.detach(), cut
 
 
+class MetaWork:
+    """What the configurations of all meta-trainings share.
+
+    They are frozen dataclasses with the fields below, and ``rollouts``, the number of
+    pieces they are done in, ``rollout``, the length of a validation, ``outer``, the
+    optimizer of the meta-parameters; see :class:`MetaTraining`.
+    """
+
+    optimizer: Any
+    seed: Any
+    rollouts: Any
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the meta-parameters as one vector."""
+        meta = self.optimizer.init_meta(self.seed)
+        return Layout({k: tuple(v.shape) for k, v in meta.items()})
+
+    @property
+    def seeds(self) -> tuple[int]:
+        return (self.seed,)
+
+    def snapshots(self) -> list[int]:
+        """Rollout counts (0 included, about two a doubling) of the kept snapshots."""
+        counts, k = {0, self.rollouts}, 1.0
+        while k < self.rollouts:
+            counts.add(round(k))
+            k *= 2**0.5
+        return sorted(counts)
+
+
 @dataclass(frozen=True)
-class MetaTraining:
+class MetaTraining(MetaWork):
     """Everything that determines a truncated meta-training (its configuration).
 
     ``rollouts`` of ``rollout`` inner steps, one meta-update each ``truncation`` steps
@@ -113,14 +144,8 @@ class MetaTraining:
             )
 
     @property
-    def layout(self) -> Layout:
-        """Layout of the meta-parameters as one vector."""
-        meta = self.optimizer.init_meta(self.seed)
-        return Layout({k: tuple(v.shape) for k, v in meta.items()})
-
-    @property
-    def seeds(self) -> tuple[int]:
-        return (self.seed,)
+    def outer(self) -> Optimizer:
+        return Adam(constant(self.meta_lr))
 
     def job(self, device: str, compile: bool, metas: Any) -> MetaTrainingJob:
         return MetaTrainingJob(self, device, compile)
@@ -131,20 +156,14 @@ class MetaTraining:
         flops = 3 * self.optimizer.flops(n) + self.optimizee.flops(self.batch, True)
         return self.rollouts * self.rollout * (flops / RATE + OVERHEAD)
 
-    def snapshots(self) -> list[int]:
-        """Rollout counts (0 included, about two a doubling) of the kept snapshots."""
-        counts, k = {0, self.rollouts}, 1.0
-        while k < self.rollouts:
-            counts.add(round(k))
-            k *= 2**0.5
-        return sorted(counts)
-
 
 @dataclass
-class MetaTrainingJob:
-    """The resumable computation of a :class:`MetaTraining`; one rollout a piece."""
+class MetaJob:
+    """The resumable computation of a :class:`MetaWork`, but for one thing: a subclass
+    gives ``advance``, which makes a rollout and its meta-updates, then looks.
+    """
 
-    config: MetaTraining
+    config: Any
     device: str = "cpu"
     compile: bool = False
     task: Task = field(init=False)
@@ -153,7 +172,7 @@ class MetaTrainingJob:
         c = self.config
         self.task = Task(c.optimizee, load(c.data, device=self.device))
         self.layout = c.layout
-        self.adam = Adam(constant(c.meta_lr))
+        self.outer = c.outer
         self.update = compiled(c.optimizer.update, self.compile)
         self.marks = c.snapshots()
 
@@ -165,7 +184,7 @@ class MetaTrainingJob:
         state: State = {
             "rollouts": torch.zeros((), dtype=torch.int64),
             "meta": meta,
-            "adam": self.adam.init(meta),
+            "adam": self.outer.init(meta),
             "best": meta.clone(),
             "best_value": torch.tensor(float("inf"), dtype=torch.float64),
             "training": torch.full((c.rollouts,), nan, dtype=torch.float64),
@@ -179,29 +198,6 @@ class MetaTrainingJob:
         best = int(state["validation"].nan_to_num(torch.inf).argmin())
         exhausted = c.patience and done - best * c.validate_every >= c.patience
         return done, done if exhausted else c.rollouts
-
-    def advance(self, state: State) -> State:
-        c, done = self.config, int(state["rollouts"])
-        base = TRAINING * (c.seed + 1)
-        idx = train_indices(
-            self.task.items, c.batch, base, done * c.rollout, c.rollout
-        ).to(self.device)
-        params = c.optimizee.init(base + done).to(self.device)
-        hidden = c.optimizer.init(params)
-        meta, adam, total = state["meta"], state["adam"], 0.0
-        for part in idx.split(c.truncation):
-            grads, losses, params, hidden = meta_gradient(
-                self.task, self.update, self.layout.views(meta), params, hidden, part,
-                c.order,
-            )  # fmt: skip
-            step, adam = self.adam.update({}, self.layout.flatten(grads), adam, meta)
-            meta = meta + step
-            total += losses.double().sum().item()
-        training = state["training"].clone()
-        training[done] = total / c.rollout
-        state = state | {"meta": meta, "adam": adam, "training": training}
-        state["rollouts"] = state["rollouts"] + 1
-        return self._look(state)
 
     def _look(self, state: State) -> State:
         """Keep a snapshot, and validate, at the rollout counts where that is due."""
@@ -228,9 +224,13 @@ class MetaTrainingJob:
             losses, _, _ = unroll(
                 self.task, self.update, views, params, hidden, idx.to(self.device)
             )
-            total += losses.double().mean().cpu()
+            total += self.meta_loss(losses).double().mean().cpu()
         value = total / c.validation_seeds
         return torch.where(value.isfinite(), value, torch.inf)
+
+    def meta_loss(self, losses: Tensor) -> Tensor:
+        """What is minimized, of the losses along an unroll; here these themselves."""
+        return losses
 
     def finish(self, state: State) -> dict[str, Tensor]:
         best, done = self.layout.views(state["best"].cpu()), int(state["rollouts"])
@@ -243,6 +243,36 @@ class MetaTrainingJob:
             "snapshots": state["snapshots"][kept],
             "snapshot_rollouts": torch.tensor(self.marks)[kept],
         }
+
+
+@dataclass
+class MetaTrainingJob(MetaJob):
+    """The resumable computation of a :class:`MetaTraining`; one rollout a piece."""
+
+    config: MetaTraining
+
+    def advance(self, state: State) -> State:
+        c, done = self.config, int(state["rollouts"])
+        base = TRAINING * (c.seed + 1)
+        idx = train_indices(
+            self.task.items, c.batch, base, done * c.rollout, c.rollout
+        ).to(self.device)
+        params = c.optimizee.init(base + done).to(self.device)
+        hidden = c.optimizer.init(params)
+        meta, adam, total = state["meta"], state["adam"], 0.0
+        for part in idx.split(c.truncation):
+            grads, losses, params, hidden = meta_gradient(
+                self.task, self.update, self.layout.views(meta), params, hidden, part,
+                c.order,
+            )  # fmt: skip
+            step, adam = self.outer.update({}, self.layout.flatten(grads), adam, meta)
+            meta = meta + step
+            total += losses.double().sum().item()
+        training = state["training"].clone()
+        training[done] = total / c.rollout
+        state = state | {"meta": meta, "adam": adam, "training": training}
+        state["rollouts"] = state["rollouts"] + 1
+        return self._look(state)
 
 
 @dataclass(frozen=True)

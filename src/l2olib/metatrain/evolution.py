@@ -1,0 +1,349 @@
+"""Meta-training by evolution strategies: ES and persistent ES (PES).
+
+Back-propagation differentiates one unroll exactly; through long or chaotic unrolls that
+derivative is useless. Evolution strategies differentiate the meta-loss *smoothed* over
+Gaussian perturbations of the meta-parameters theta, from loss values alone: with
+antithetic pairs theta +- eps, eps ~ N(0, sigma^2 I),
+
+    gradient ~ mean over pairs of (L(theta + eps) - L(theta - eps)) eps / (2 sigma^2).
+
+ES needs a whole unroll for one estimate. PES (Vicol, Metz, Sohl-Dickstein, ICML 2021)
+gives one every *truncation*, of pairs that go on training: a loss now depends on all
+perturbations since the unroll began, so it is multiplied by their sum. That sum is what
+truncated ES lacks and why it is biased. ES is PES whose truncation is the horizon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..data import train_indices
+from ..optimizers import AdamW, Optimizer, State, constant
+from ..train import OVERHEAD, RATE, compiled, inner_steps
+from .truncated import TRAINING, MetaJob, MetaWork
+
+Step = Callable[[Tensor, Tensor, State, Tensor], tuple[Tensor, Tensor, State]]
+"""One inner step: (meta [d], params [n], state, batch) -> (loss, params, state)."""
+Begin = Callable[[int, int], tuple[Tensor, State]]
+"""(pair, episode) -> fresh parameters [n] and optimizer state."""
+
+
+class Estimate(NamedTuple):
+    """What one truncation found; ``gradient [d]`` is the mean of ``per_pair [N, d]``.
+
+    ``losses [K, N, 2]`` of the members theta + eps, theta - eps; where ``trained [K,
+    N]`` is False a pair was re-initialised instead, and its losses are zero. ``loss``
+    is their mean, the meta-loss.
+    """
+
+    gradient: Tensor
+    per_pair: Tensor
+    loss: Tensor
+    losses: Tensor
+    trained: Tensor
+
+
+@dataclass(frozen=True)
+class PES:
+    """An estimator of the meta-gradient from ``pairs`` antithetic pairs.
+
+    Each estimate takes ``truncation`` inner steps of every pair, and a pair starts
+    afresh after ``horizon`` steps. Both members of a pair share initial parameters and
+    batches. With an ``offset``, usually the horizon, pair n is first counted as having
+    done a random number of steps below it, so that pairs do not all restart at once.
+
+    ``resets="free"`` restarts a pair just before a step, as in the paper of PES.
+    ``"slot"`` does what the reference code of STAR does: restarting takes the place of
+    a step, and the last step of an unroll is already credited to the new perturbation
+    alone, which biases the estimate a little. ``accumulate=False`` forgets earlier
+    perturbations: truncated ES.
+
+    The state of N pairs: ``params [N, 2, n]``, ``optimizer`` (leaves [N, 2, ...]),
+    ``noise [N, d]`` (sum of perturbations), ``steps`` and ``episodes`` ``[N]``.
+    """
+
+    pairs: int = 4
+    truncation: int = 50
+    horizon: int = 2_000
+    sigma: float = 0.01
+    resets: Literal["free", "slot"] = "slot"
+    offset: int = 0
+    accumulate: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.truncation <= self.horizon:
+            raise ValueError(
+                f"truncation must be from 1 to the horizon, {self.horizon}, "
+                f"not {self.truncation}"
+            )
+        if self.pairs < 1 or not self.sigma > 0:
+            raise ValueError(
+                f"an estimate needs pairs and a positive sigma, not {self.pairs} and "
+                f"{self.sigma}"
+            )
+        if self.resets not in ("free", "slot"):
+            raise ValueError(f"resets must be 'free' or 'slot', not {self.resets!r}")
+        if not 0 <= self.offset <= self.horizon:
+            raise ValueError(
+                f"offset must be from 0 to the horizon, {self.horizon}, "
+                f"not {self.offset}"
+            )
+
+    def start(self, meta: Tensor, begin: Begin, seed: int = 0) -> State:
+        """State of all pairs before the first estimate; ``meta [d]``."""
+        steps = torch.zeros(self.pairs, dtype=torch.int64)
+        if self.offset:
+            steps.random_(self.offset, generator=generator("offset", seed))
+        first = [begin(pair, 0) for pair in range(self.pairs)]
+        params, inner = tree_map(lambda *x: torch.stack(x), first[0], *first[1:])
+        return {
+            "params": twice(params),
+            "optimizer": tree_map(twice, inner),
+            "noise": meta.new_zeros(self.pairs, len(meta)),
+            "steps": steps,
+            "episodes": torch.zeros(self.pairs, dtype=torch.int64),
+        }
+
+    def perturbations(self, meta: Tensor, seed: int, iteration: int) -> Tensor:
+        """Draw eps ``[pairs, d]`` of an iteration: the same on every device."""
+        gen = generator("noise", seed, iteration)
+        eps = torch.randn(self.pairs, len(meta), generator=gen)
+        return self.sigma * eps.to(meta)
+
+    def estimate(
+        self,
+        step: Step,
+        begin: Begin,
+        meta: Tensor,
+        eps: Tensor,
+        state: State,
+        batches: Tensor,
+    ) -> tuple[Estimate, State]:
+        """Run one truncation of the N pairs in ``state``.
+
+        ``step`` is vectorised (:func:`over_pairs`), ``meta [d]``, ``eps [N, d]``,
+        ``batches [N, K, ...]`` one entry for each of K steps.
+        """
+        steps, episodes = state["steps"].tolist(), state["episodes"].tolist()
+        members = torch.stack([meta + eps, meta - eps], 1)
+        params, inner = state["params"], state["optimizer"]
+        done = torch.zeros(len(eps), dtype=torch.bool)
+        losses, trained, credited = [], [], []
+
+        def restart(due: list[int]) -> tuple[Tensor, State]:
+            values = (params, inner)
+            for pair in due:
+                episodes[pair] += 1
+                steps[pair] = 0
+                fresh = begin(pair, episodes[pair])
+                values = tree_map(lambda x, y, n=pair: put(x, n, y), values, fresh)
+            return values
+
+        for batch in batches.unbind(1):
+            due = [n for n, k in enumerate(steps) if k >= self.horizon]
+            if self.resets == "free":
+                params, inner = restart(due)
+                done[due] = True
+                due = []
+            loss, params, inner = step(members, params, inner, batch)
+            steps = [k + 1 for k in steps]
+            params, inner = restart(due)
+            active = torch.ones(len(eps), dtype=torch.bool)
+            active[due] = False
+            if self.resets == "slot":
+                done = done | (active & (torch.tensor(steps) >= self.horizon))
+            losses.append(torch.where(active[:, None].to(loss.device), loss, 0.0))
+            trained.append(active)
+            credited.append(~done)
+
+        values = torch.stack(losses)
+        mask, old = torch.stack(trained), torch.stack(credited).to(values)
+        count = mask.sum(0).clamp(min=1).to(values)
+        difference = values[..., 0] - values[..., 1]
+        noise = state["noise"] + eps if self.accumulate else eps
+        a, b = (
+            (difference * old).sum(0) / count,
+            (difference * (1 - old)).sum(0) / count,
+        )
+        per_pair = (a[:, None] * noise + b[:, None] * eps) / (2 * self.sigma**2)
+        found = Estimate(
+            per_pair.mean(0), per_pair, (values.sum(0) / count[:, None]).mean(), values,
+            mask,
+        )  # fmt: skip
+        return found, {
+            "params": params,
+            "optimizer": inner,
+            "noise": torch.where(done[:, None].to(eps.device), eps, noise),
+            "steps": torch.tensor(steps),
+            "episodes": torch.tensor(episodes),
+        }
+
+
+def es(pairs: int = 4, horizon: int = 50, sigma: float = 0.01) -> PES:
+    """Plain ES: every estimate is a whole unroll of fresh pairs."""
+    return PES(pairs, horizon, horizon, sigma, "free")
+
+
+def over_pairs(step: Step) -> Step:
+    """Vectorise an inner step over N pairs of two members that share their batch."""
+    members = torch.func.vmap(step, in_dims=(0, 0, 0, None))
+    return torch.func.vmap(members)
+
+
+def twice(x: Tensor) -> Tensor:
+    """Give both members of each pair the same value: [N, ...] -> [N, 2, ...]."""
+    return torch.stack([x, x], 1)
+
+
+def put(x: Tensor, pair: int, value: Tensor) -> Tensor:
+    """Set both members of one pair; a copy, the state before stays what it was."""
+    x = x.clone()
+    x[pair] = value.to(x)
+    return x
+
+
+def generator(*key: Any) -> torch.Generator:
+    """Return a generator whose numbers depend on all of ``key`` and nothing else."""
+    word = hashlib.sha256(repr(key).encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(word, "big"))
+
+
+# ---- the meta-training ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evolution(MetaWork):
+    """Everything that determines a meta-training by ES or PES (its configuration).
+
+    ``iterations`` outer steps of AdamW at ``meta_lr`` with ``weight_decay`` on all
+    meta-parameters (a multiple of the rate), each with one estimate, whose entries are
+    clipped to +-``clip`` and set to zero where not finite. The meta-loss is the
+    mini-batch loss before each inner step, cut off at ``ceiling`` times ln(classes)
+    (and there, too, where not finite) unless ``ceiling`` is None. STAR, section 5 and
+    App. B, and its reference code; ``batch`` 128, ``iterations`` and pairs are ours.
+
+    Validation, selection, patience and snapshots as in
+    :class:`~l2olib.metatrain.truncated.MetaTraining`, over ``horizon`` steps and of the
+    same cut-off losses; an iteration is there called a rollout.
+    """
+
+    optimizer: Optimizer
+    optimizee: Any
+    data: str
+    batch: int = 128
+    iterations: int = 2_000
+    estimator: PES = PES()
+    meta_lr: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ceiling: float | None = 1.5
+    seed: int = 0
+    validate_every: int = 100
+    validation_seeds: int = 1
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        own = getattr(self.optimizer, "layout", self.optimizee.layout)
+        if list(own.shapes.items()) != list(self.optimizee.layout.shapes.items()):
+            raise ValueError(
+                "the optimizer was built for another optimizee: give it the layout "
+                "of this one"
+            )
+
+    @property
+    def rollouts(self) -> int:
+        return self.iterations
+
+    @property
+    def rollout(self) -> int:
+        return self.estimator.horizon
+
+    @property
+    def outer(self) -> Optimizer:
+        return AdamW(constant(self.meta_lr), weight_decay=self.weight_decay)
+
+    def job(self, device: str, compile: bool, metas: Any) -> EvolutionJob:
+        return EvolutionJob(self, device, compile)
+
+    def seconds(self) -> float:
+        """Estimated time on one CPU core."""
+        n, e = self.optimizee.layout.n, self.estimator
+        flops = self.optimizer.flops(n) + self.optimizee.flops(self.batch, True)
+        steps = self.iterations * e.pairs * 2 * e.truncation
+        steps += self.iterations // self.validate_every * self.rollout
+        return steps * (flops / RATE + OVERHEAD)
+
+
+@dataclass
+class EvolutionJob(MetaJob):
+    """The resumable computation of an :class:`Evolution`; one estimate a piece."""
+
+    config: Evolution
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+
+        def step(meta: Tensor, params: Tensor, state: State, idx: Tensor) -> Any:
+            params, state, losses = inner_steps(
+                self.task, self.config.optimizer, self.layout.views(meta), params,
+                state, idx[None],
+            )  # fmt: skip
+            return self.meta_loss(losses[0]), params, state
+
+        self.step = compiled(over_pairs(step), self.compile)
+
+    def meta_loss(self, losses: Tensor) -> Tensor:
+        """Cut losses off (normalise, in the words of the reference code)."""
+        if self.config.ceiling is None:
+            return losses
+        top = self.config.ceiling * math.log(self.task.data.classes)
+        return losses.clamp(0, top).nan_to_num(nan=top)
+
+    def begin(self, pair: int, episode: int) -> tuple[Tensor, State]:
+        """Fresh parameters and optimizer state; no two episodes share them."""
+        c = self.config
+        base = TRAINING * (c.seed + 1)
+        params = c.optimizee.init(base + episode * c.estimator.pairs + pair)
+        params = params.to(self.device)
+        return params, c.optimizer.init(params)
+
+    def start(self) -> State:
+        state, e = super().start(), self.config.estimator
+        return state | {"pairs": e.start(state["meta"], self.begin, self.config.seed)}
+
+    def batches(self, iteration: int) -> Tensor:
+        """Item numbers ``[N, K, B]``; every pair reads a stream of its own."""
+        c, k = self.config, self.config.estimator.truncation
+        streams = range(c.estimator.pairs)
+        return torch.stack(
+            [
+                train_indices(
+                    self.task.items, c.batch, TRAINING * (c.seed + 1) + pair,
+                    iteration * k, k, device=self.device,
+                )
+                for pair in streams
+            ]
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def advance(self, state: State) -> State:
+        c, done, meta = self.config, int(state["rollouts"]), state["meta"]
+        eps = c.estimator.perturbations(meta, c.seed, done)
+        found, pairs = c.estimator.estimate(
+            self.step, self.begin, meta, eps, state["pairs"], self.batches(done)
+        )
+        gradient = found.gradient.nan_to_num(0.0, 0.0, 0.0).clamp(-c.clip, c.clip)
+        move, adam = self.outer.update({}, gradient, state["adam"], meta)
+        training = state["training"].clone()
+        training[done] = found.loss.cpu()
+        state = state | {"meta": meta + move, "adam": adam, "pairs": pairs}
+        state |= {"training": training, "rollouts": state["rollouts"] + 1}
+        return self._look(state)
