@@ -521,6 +521,7 @@ CONV5 = {
 
 _SMALL = {"batch": 32, "steps": 100, "seeds": 5, "replicas": 5}
 _PAPER = {"steps": 100_000, "seeds": 25, "replicas": 25}
+_TEN = {"steps": 100_000, "seeds": 10, "replicas": 10}
 
 FIGURES: dict[str, Figure] = {
     "lgl2o.fig3": Figure(
@@ -535,13 +536,13 @@ FIGURES: dict[str, Figure] = {
     "lgl2o.fig4": Figure(
         "circles",
         SMALL_MLP,
-        {"smoke": _SMALL, "laptop": _PAPER, "paper": _PAPER},
+        {"smoke": _SMALL, "laptop": _TEN, "paper": _PAPER},
         {"adam": 1e-2},
     ),
     "lgl2o.fig5": Figure(
         "spirals",
         SMALL_MLP,
-        {"smoke": _SMALL, "laptop": _PAPER, "paper": _PAPER},
+        {"smoke": _SMALL, "laptop": _TEN, "paper": _PAPER},
         {"adam": 1e-2},
     ),
     "lgl2o.fig6": Figure(
@@ -629,7 +630,6 @@ EXPERIMENTS: dict[str, Experiment] = {
             "MNIST, MLP 784-20-10: L2O, its guards and hand-crafted optimizers",
             "02-loss-guard",
             FIGURES["lgl2o.fig3"],
-            version=2,
         ),
         Experiment(
             "lgl2o.fig4",
