@@ -145,6 +145,21 @@ def test_prose_is_never_shown_as_checked() -> None:
     assert "Argued in prose" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("By Markov $P \\le 1$.", "By Markov $P \\le 1$. *(Prose.)*\n\n$$"),
+        ("For $\\alpha\\le2$.", "For $\\alpha\\le2$. *(Prose.)*\n\n$$"),
+        ("In both coordinates of $x$.", "In both coordinates of $x$.\n\n$$"),
+        ("So $x = 0$.", "`[t]` So $x = 0$. *(Prose.)*"),
+    ],
+)
+def test_words_beside_a_check_are_not_part_of_it(words: str, shown: str) -> None:
+    """A relation in them is marked; a consequence stands after the formula."""
+    step = theorem().identity("t", "Two", eq(x + x, 2 * x), words)
+    assert shown in step._repr_markdown_()
+
+
 def test_proof_shows_each_step_once() -> None:
     t = theorem()
     t.prose("One", "First.")

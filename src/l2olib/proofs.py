@@ -15,7 +15,8 @@ steps of its proof::
 Every step but :meth:`Theorem.prose` holds a *statement*, the SymPy relation that is
 both typeset and checked, and a *certificate* that is fixed when the step is written
 and never derived from the statement. A step is checked when it is declared; a
-statement that the certificate does not prove raises :class:`ProofError`.
+statement that the certificate does not prove raises :class:`ProofError`. The check
+covers the statement alone: a relation in the words beside it is marked as prose.
 
 Cells that declare theorems carry the tag ``proof`` and depend only on cells with that
 tag, so that :func:`load` can run them without the simulations of the chapter: the
@@ -32,6 +33,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -438,6 +440,20 @@ class Evaluation:
 # --- theorems ------------------------------------------------------------------------
 
 
+# a formula of the running text that says something, not only names something
+_RELATION = re.compile(
+    r"\$[^$]*(?:[=<>]|\\(?:le|lt|ge|gt|ne|neq|to|in|sim|preceq|succeq)(?![a-z]))[^$]*\$"
+)
+
+# words that begin like this say what follows from the formula: they stand after it
+_CONSEQUENCES = ("So ", "so ", "It ", "Then ", "Hence ")
+
+
+def _words(text: str) -> str:
+    """Return the words beside a checked formula, marked if they argue in formulas."""
+    return f"{text} *(Prose.)*" if _RELATION.search(text) else text
+
+
 @dataclass(frozen=True, repr=False)
 class Step:
     """One step of a proof.
@@ -475,17 +491,20 @@ class Step:
 
     def _repr_markdown_(self) -> str:
         tag = f" `[{self.tag}]`" if self.tag else ""
-        text = f" {self.text}" if self.text else ""
         if self.kind == "prose":
-            return f"**{self.name}.**{text} *(Argued in prose.)*"
+            return f"**{self.name}.** {self.text} *(Argued in prose.)*"
         if self.kind == "measured":
-            return f"**{self.name}.**{text} *(Measured, not proved)*{tag}"
+            return f"**{self.name}.** {self.text} *(Measured, not proved)*{tag}"
         mark = "Counterexample checked" if self.kind == "counterexample" else "Checked"
         formula = f"\n\n$$\n{_tex(self.statement)}\n$$\n\n"
         assert self.certificate is not None
-        return (
-            f"**{self.name}.**{text}{formula}✓ *{mark}:* {self.certificate.how()}.{tag}"
-        )
+        check = f"✓ *{mark}:* {self.certificate.how()}.{tag}"
+        before = after = f" {_words(self.text)}" if self.text else ""
+        if self.text.startswith(_CONSEQUENCES):
+            before = ""
+        else:
+            after = ""
+        return f"**{self.name}.**{before}{formula}{check}{after}"
 
 
 @dataclass(frozen=True, repr=False)
