@@ -219,6 +219,24 @@ def test_record_mode_loads_what_was_recorded(toy_table):
         assert record.digest == Record.load(run.path).digest
 
 
+def test_record_mode_shows_what_is_whole_and_names_the_rest(toy_table):
+    """A method waits until all its seeds are there; a stale record is no excuse."""
+    record_all("toy.train", "toy.fig")
+    found = runs("toy.fig")
+    (guard,) = [r for r in found if r.name == "LGL2O/1"]
+    assert experiments.pending("toy.fig") == ""
+    guard.path.unlink()
+    shown = {r.label for r, _ in results("toy.fig", "record")}
+    assert shown == {"L2O", "SGD"}
+    assert experiments.pending("toy.fig") == "Not recorded yet: LGL2O."
+    with pytest.raises(claims.NotTestable, match="no record of LGL2O"):
+        claims.Switching("toy.fig", "LGL2O")(experiments.evidence("toy.fig")[0])
+    (stale,) = [r for r in found if r.name == "SGD/1"]
+    stale.path.write_bytes(found[0].path.read_bytes())
+    with pytest.raises(RecordError, match="another configuration"):
+        results("toy.fig", "record")
+
+
 @pytest.mark.parametrize("options", [{"seeds": 3}, {"steps": 30}, {"seeds": 7}])
 def test_record_mode_refuses_other_parameters(toy_table, options):
     record_all("toy.train", "toy.fig")

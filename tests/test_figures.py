@@ -130,3 +130,18 @@ def test_compact_drawing_is_the_same_drawing() -> None:
                 assert np.abs(moved).max(initial=0) <= 0.005 + 1e-9
             else:
                 assert was == now
+
+
+def test_comparison_draws_methods_and_the_deciding_guard() -> None:
+    points = np.array([10, 100, 1_000])
+    arrays = {"steps": points, "smooth": np.ones((2, 3))}
+    guard = arrays | {
+        "decisions": np.array([1, 10, 100]),
+        "use_l2o": np.array([[1.0, 0.5, 0.0], [1.0, 0.5, 0.2]]),
+    }
+    figures.comparison({"A": arrays, "G": guard, "B": arrays}, ["A", "G"], "G")
+    top, low = plt.gcf().axes
+    assert [line.get_label() for line in top.lines] == ["A", "G"]
+    (share,) = low.lines
+    assert share.get_xdata().tolist() == [10, 100, 1_000]
+    assert share.get_ydata().tolist() == [1.0, 0.5, pytest.approx(0.1)]

@@ -638,6 +638,7 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
 # ---- the ledger ----------------------------------------------------------------------
 
 _GUARD = "02-loss-guard"
+_FAR = "02b-out-of-distribution"
 _LEARN = "01-learning-to-optimize"
 _RESIDUAL = "04-gradient-guard"
 _NOISE = "05-noisy-criterion"
@@ -732,7 +733,7 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B4",
-        _GUARD,
+        _FAR,
         "LGL2O Fig. 4",
         "Circles: LGL2O, L2O and Adam are alike early; L2O diverges later; LGL2O is "
         "noisier than GL2O late and starts diverging after 20,000 steps; Adam is much "
@@ -750,7 +751,7 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B5",
-        _GUARD,
+        _FAR,
         "LGL2O Fig. 5",
         "Spirals: the loss of L2O rises first; SGD is stuck on a plateau for good, "
         "Adam for very long; after 50,000 steps LGL2O is clearly better than both its "
@@ -766,7 +767,7 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B6",
-        _GUARD,
+        _FAR,
         "LGL2O Fig. 6",
         "MNIST, Conv3: L2O diverges very quickly, GL2O diverges, LGL2O tracks SGD",
         (
@@ -778,7 +779,7 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B7",
-        _GUARD,
+        _FAR,
         "LGL2O Fig. 7",
         "CIFAR-10, Conv3: L2O, GL2O and SGD with momentum diverge to a high loss; "
         "LGL2O converges on its fallback from the start",
@@ -793,7 +794,7 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B9",
-        _GUARD,
+        _FAR,
         "LGL2O Fig. 9",
         "Spirals: with Adam as the fallback LGL2O is clearly better than with SGD",
         (Lower(_FIG9, "LGL2O over Adam", "LGL2O over SGD", _LONG, by=0.02),),

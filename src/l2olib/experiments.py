@@ -268,25 +268,39 @@ def results(experiment: str, profile: str, **options: Any) -> list[tuple[Run, Re
     """What a chapter plots: committed records (``profile="record"``) or fresh ones.
 
     ``record`` takes profile ``paper`` only if every run of the figure has its record,
-    else ``laptop``; an option that does not fit the records fails.
+    else those labels of ``laptop`` whose runs are all recorded (RecordError if there
+    are none; :func:`pending` names the others). An option that does not fit the
+    records fails.
     """
     (entry,) = find(experiment)
     if profile != "record":
         return [
             (r, r.execute(checkpoint=False)) for r in entry.runs(profile, **options)
         ]
-    for candidate in ("paper", "laptop"):
-        runs = entry.runs(candidate)
-        if candidate == "laptop" or all(r.state() == "done" for r in runs):
-            break
-    asked = [r.config for r in entry.runs(candidate, **options)]
-    if asked != [r.config for r in runs]:
+    candidate = "paper"
+    if not all(r.state() == "done" for r in entry.runs(candidate)):
+        candidate = "laptop"
+    runs = entry.runs(candidate)
+    if [r.work for r in entry.runs(candidate, **options)] != [r.work for r in runs]:
         raise ExperimentError(
             f"the records of {experiment} were made with other parameters: leave "
             f"{', '.join(options)} at the default, or recompute with profile smoke, "
             "laptop or paper"
         )
-    return [(r, r.load()) for r in runs]
+    waiting = _waiting(runs)
+    ready = [r for r in runs if r.label not in waiting]
+    return [(r, r.load()) for r in ready or runs[:1]]
+
+
+def _waiting(runs: Iterable[Run]) -> list[str]:
+    return list(dict.fromkeys(r.label for r in runs if not r.path.exists()))
+
+
+def pending(experiment: str) -> str:
+    """A sentence on what of an experiment has no record yet at ``laptop``, or ""."""
+    (entry,) = find(experiment)
+    waiting = _waiting(entry.runs("laptop"))
+    return f"Not recorded yet: {'; '.join(waiting)}." if waiting else ""
 
 
 def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -634,31 +648,31 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             "lgl2o.fig4",
             "Circles, MLP 2-20-2: the same methods",
-            "02-loss-guard",
+            "02b-out-of-distribution",
             FIGURES["lgl2o.fig4"],
         ),
         Experiment(
             "lgl2o.fig5",
             "Spirals, MLP 2-20-2: the same methods",
-            "02-loss-guard",
+            "02b-out-of-distribution",
             FIGURES["lgl2o.fig5"],
         ),
         Experiment(
             "lgl2o.fig6",
             "MNIST, Conv3: the same methods",
-            "02-loss-guard",
+            "02b-out-of-distribution",
             FIGURES["lgl2o.fig6"],
         ),
         Experiment(
             "lgl2o.fig7",
             "CIFAR-10, Conv3: the same methods",
-            "02-loss-guard",
+            "02b-out-of-distribution",
             FIGURES["lgl2o.fig7"],
         ),
         Experiment(
             "lgl2o.fig9",
             "Spirals: LGL2O over three fallbacks",
-            "02-loss-guard",
+            "02b-out-of-distribution",
             _fig9,
         ),
         Experiment(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,16 +29,18 @@ _METHODS = {
     "SGD": (_BLACK, ":", "v"),
     "SGD+momentum": (_SKY, (0, (5, 1)), "D"),
     "Adam": (_ORANGE, (0, (3, 1, 1, 1)), "P"),
+    "LGL2O reset": (_PURPLE, "-", "X"),
+    "LGL2O reset, margin": (_BLUE, "-", "p"),
 }
 _OTHERS = [
-    (_PURPLE, "-", "X"),
     (_GREY, "--", "*"),
     (_PURPLE, ":", "<"),
     (_GREY, "-", ">"),
-    (_BLUE, ":", "p"),
     (_GREEN, "-", "h"),
     (_RED, "-.", "d"),
     (_BLACK, "-", "8"),
+    (_SKY, ":", "H"),
+    (_ORANGE, "-", "1"),
 ]
 _given: dict[str, int] = {}
 
@@ -171,6 +174,29 @@ def band(ax: Axes, steps: ArrayLike, values: ArrayLike, name: str) -> None:
         color=look["color"],
         alpha=0.2,
         linewidth=0,
+    )
+
+
+def comparison(
+    curves: Mapping[str, Mapping[str, Any]], methods: Iterable[str], deciding: str
+) -> None:
+    """Draw the training losses of ``methods``, and below, who decided in one guard.
+
+    curves: arrays by method, as `experiments.curves` gives them. ``deciding`` is the
+    guard whose share of accepted proposals is shown (1: all, 0: none).
+    """
+    _, (top, low) = figure(2, 1, height=2.7, sharex=True)
+    for name in methods:
+        band(top, curves[name]["steps"], curves[name]["smooth"], name)
+    top.set(xscale="log", yscale="log", ylabel="training loss (nat)")
+    top.legend(ncols=2)
+    guard = curves[deciding]
+    interval = int(guard["steps"][-1]) // int(guard["decisions"][-1])
+    band(low, guard["decisions"] * interval, guard["use_l2o"], deciding)
+    low.set(
+        xlabel="step",
+        ylabel=f"share of decisions\n{deciding} gives to the L2O",
+        ylim=(-0.05, 1.05),
     )
 
 
