@@ -31,20 +31,23 @@ class Layout:
 
     shapes: dict[str, tuple[int, ...]]
 
-    @cached_property
+    # Not cached properties: in Python 3.11 these take a lock when first read, and code
+    # under torch.compile that takes a lock is not compiled.
+
+    @property
     def sizes(self) -> dict[str, int]:
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
-    @cached_property
+    @property
     def n(self) -> int:
         """Length of the flat vector."""
         return sum(self.sizes.values())
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Split ``flat [n]`` into named tensors (views, no copy)."""
-        parts = flat.split(list(self.sizes.values()))
+        """Split ``flat [..., n]`` into named tensors ``[..., *shape]`` (no copy)."""
+        parts = flat.split(list(self.sizes.values()), -1)
         return {
-            name: part.view(shape)
+            name: part.view((*flat.shape[:-1], *shape))
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
@@ -281,6 +284,7 @@ class Task:
 
     def __post_init__(self) -> None:
         self._value_and_grad = torch.func.grad_and_value(self.loss)
+        _ = self.optimizee.layout  # cached now, not under torch.compile: see Layout
 
     @property
     def items(self) -> int:

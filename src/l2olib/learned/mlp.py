@@ -29,9 +29,8 @@ Formulas, epsilons included, are those of the public reference code
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -126,15 +125,14 @@ def network(meta: Meta, blocks: Sequence[Tensor], step: Tensor) -> list[Tensor]:
     return x
 
 
-def shapes_of(layout: Layout) -> list[tuple[int, ...]]:
-    """Shapes of a layout's tensors; a scalar counts as a vector of one element."""
-    return [shape or (1,) for shape in layout.shapes.values()]
+def at_least_vectors(layout: Layout) -> Layout:
+    """Let a scalar count as a vector of one element."""
+    return Layout({name: shape or (1,) for name, shape in layout.shapes.items()})
 
 
-def tensors(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Split ``flat [..., n]`` into views ``[..., *shape]``."""
-    parts = flat.split([math.prod(shape) for shape in shapes], -1)
-    return [p.unflatten(-1, s) for p, s in zip(parts, shapes, strict=True)]
+def joined(tensors: Iterable[Tensor], start: int) -> Tensor:
+    """Join the tensors of a layout, flat from axis ``start`` on."""
+    return torch.cat([t.flatten(start) for t in tensors], -1)
 
 
 def averaged(average: Tensor, value: Tensor, rate: Tensor) -> Tensor:
@@ -157,10 +155,15 @@ def factored(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return second, largest
 
 
-def without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    kept = list(shape)
-    del kept[axis]
-    return tuple(kept)
+def averages(layout: Layout, which: Literal["row", "column"]) -> Layout:
+    """Layout of the row or column averages; a vector's "row" is itself, no column."""
+    shapes = {}
+    for name, shape in layout.shapes.items():
+        axes, kept = factored(shape), list(shape)
+        if axes:
+            del kept[axes[1] if which == "row" else axes[0]]
+        shapes[name] = tuple(kept) if axes or which == "row" else (0,)
+    return Layout(shapes)
 
 
 def inverse_root(x: Tensor) -> Tensor:
@@ -241,6 +244,9 @@ class MLPOptimizer:
     aggregate_nominal: bool = False
     weight_decay: float = 0.0
     decay_controller: bool = False
+    tensors: Layout = field(init=False, compare=False, repr=False)
+    rows: Layout = field(init=False, compare=False, repr=False)
+    columns: Layout = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         needed = 4 if self.decay_controller else 3 if self.nominal_controller else 2
@@ -250,27 +256,10 @@ class MLPOptimizer:
             )
         if self.nominal_direction not in Direction.__args__:  # type: ignore[attr-defined]
             raise ValueError(f"there is no direction {self.nominal_direction!r}")
-
-    @cached_property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return shapes_of(self.layout)
-
-    @cached_property
-    def row_shapes(self) -> list[tuple[int, ...]]:
-        """Of each tensor's row averages: without its largest axis; a vector's own."""
-        axes = map(factored, self.shapes)
-        return [
-            without(s, a[1]) if a else s for s, a in zip(self.shapes, axes, strict=True)
-        ]
-
-    @cached_property
-    def col_shapes(self) -> list[tuple[int, ...]]:
-        """Of each tensor's column averages; a vector has none."""
-        axes = map(factored, self.shapes)
-        return [
-            without(s, a[0]) if a else (0,)
-            for s, a in zip(self.shapes, axes, strict=True)
-        ]
+        tensors = at_least_vectors(self.layout)
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "rows", averages(tensors, "row"))
+        object.__setattr__(self, "columns", averages(tensors, "column"))
 
     def init_meta(self, seed: int) -> Meta:
         """Random network; offsets of the decays (and of the nominal scale) zero."""
@@ -292,8 +281,8 @@ class MLPOptimizer:
         return {
             "m": params.new_zeros(3, n),
             "r": params.new_zeros(n),
-            "row": params.new_zeros(3, sum(map(math.prod, self.row_shapes))),
-            "col": params.new_zeros(3, sum(map(math.prod, self.col_shapes))),
+            "row": params.new_zeros(3, self.rows.n),
+            "col": params.new_zeros(3, self.columns.n),
             "step": torch.zeros((), dtype=torch.int64, device=params.device),
         }
 
@@ -322,38 +311,24 @@ class MLPOptimizer:
         rates = self.rates(meta)
         m = averaged(state["m"], grad, rates["momentum"])
         r = averaged(state["r"][None], grad.square(), rates["rms"])[0]
-        per_tensor = zip(
-            tensors(grad, self.shapes),
-            tensors(params, self.shapes),
-            tensors(m, self.shapes),
-            tensors(r, self.shapes),
-            tensors(state["row"], self.row_shapes),
-            tensors(state["col"], self.col_shapes),
-            strict=True,
-        )
+        of = [self.tensors.views(flat) for flat in (grad, params, m, r)]
+        of += [self.rows.views(state["row"]), self.columns.views(state["col"])]
         deltas, rows, cols = [], [], []
-        for tensor_g, tensor_p, tensor_m, tensor_r, row, col in per_tensor:
-            squares = tensor_g.square() + 1e-30
-            axes = factored(tuple(tensor_g.shape))
+        for name, shape in self.tensors.shapes.items():
+            g, p, mg, rg, row, col = (views[name] for views in of)
+            squares, axes = g.square() + 1e-30, factored(shape)
             if axes is None:
                 row = averaged(row, squares, rates["adafactor"])
             else:
                 row = averaged(row, squares.mean(axes[1]), rates["adafactor"])
                 col = averaged(col, squares.mean(axes[0]), rates["adafactor"])
-            found = features(tensor_g, tensor_p, tensor_m, tensor_r, row, col)
+            found = features(g, p, mg, rg, row, col)
             heads = network(meta, list(found.values()), state["step"])
-            delta = self.step(meta, heads, tensor_g, tensor_p, tensor_m, tensor_r)
-            deltas.append(delta.flatten())
-            rows.append(row.flatten(1))
-            cols.append(col.flatten(1))
-        new = {
-            "m": m,
-            "r": r,
-            "row": torch.cat(rows, 1),
-            "col": torch.cat(cols, 1),
-            "step": state["step"] + 1,
-        }
-        return torch.cat(deltas), new
+            deltas.append(self.step(meta, heads, g, p, mg, rg))
+            rows.append(row)
+            cols.append(col)
+        new = {"m": m, "r": r, "row": joined(rows, 1), "col": joined(cols, 1)}
+        return joined(deltas, 0), new | {"step": state["step"] + 1}
 
     def step(
         self,
@@ -393,15 +368,10 @@ class MLPOptimizer:
         return -step
 
     def flops(self, n: int) -> int:
-        total = 0
-        for shape, row, col in zip(
-            self.shapes, self.row_shapes, self.col_shapes, strict=True
-        ):
-            size = math.prod(shape)
-            constant = (
-                6 * (math.prod(row) + math.prod(col)) if factored(shape) else 12 * size
-            )
-            total += 4 * (16 * size + constant) + 4 * (4 + self.heads) * size
+        """Counted for the layout: rows and columns pass the first layer once."""
+        total = (4 * 16 + 4 * 4 + 4 * self.heads) * self.layout.n
+        for name, size in self.rows.sizes.items():
+            total += 4 * 6 * (size + (self.columns.sizes[name] or size))
         return 2 * total
 
 
@@ -470,13 +440,13 @@ class MomentumMLP:
     ) -> tuple[Tensor, State]:
         rate = 1 - grad.new_tensor(self.decays)
         m = averaged(state["m"], grad, rate)
-        shapes, deltas = shapes_of(self.layout), []
-        for g, p, v in zip(
-            *(tensors(flat, shapes) for flat in (grad, params, m)), strict=True
-        ):
-            d, q = network(meta, [g[None], p[None], v], state["step"])
-            deltas.append((-self.step_mult * d * (self.exp_mult * q).exp()).flatten())
-        return torch.cat(deltas), {"m": m, "step": state["step"] + 1}
+        layout, deltas = at_least_vectors(self.layout), []
+        of = [layout.views(flat) for flat in (grad, params, m)]
+        for name in layout.shapes:
+            g, p, mg = (views[name] for views in of)
+            d, q = network(meta, [g[None], p[None], mg], state["step"])
+            deltas.append(-self.step_mult * d * (self.exp_mult * q).exp())
+        return joined(deltas, 0), {"m": m, "step": state["step"] + 1}
 
     def flops(self, n: int) -> int:
         return 2 * n * self.hidden * (2 + len(self.decays) + self.hidden + 2)
