@@ -228,6 +228,8 @@ def test_record_mode_shows_what_is_whole_and_names_the_rest(toy_table):
     guard.path.unlink()
     shown = {r.label for r, _ in results("toy.fig", "record")}
     assert shown == {"L2O", "SGD"}
+    few = results("toy.fig", "record", only=["SGD", "LGL2O"])
+    assert [r.name for r, _ in few] == ["SGD/0", "SGD/1"]
     assert experiments.pending("toy.fig") == "Not recorded yet: LGL2O."
     with pytest.raises(claims.NotTestable, match="no record of LGL2O"):
         claims.Switching("toy.fig", "LGL2O")(experiments.evidence("toy.fig")[0])
@@ -260,6 +262,8 @@ def test_other_profiles_compute_afresh_and_save_nothing(toy_table):
     record_all("toy.train")
     found = results("toy.fig", "smoke", seeds=2, steps=10)
     assert all(len(r.arrays["loss"]) == 2 for _, r in found)
+    (alone,) = results("toy.fig", "smoke", only=["SGD"], seeds=2, steps=10)
+    assert alone[0].label == "SGD"
     assert not (toy_table / "data" / "records").exists()
     assert not (toy_table / "data" / "scratch").exists()
 

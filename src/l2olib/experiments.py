@@ -264,19 +264,21 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:.2g} h" if seconds >= 3600 else f"{seconds / 60:.2g} min"
 
 
-def results(experiment: str, profile: str, **options: Any) -> list[tuple[Run, Record]]:
+def results(
+    experiment: str, profile: str, only: Iterable[str] = (), **options: Any
+) -> list[tuple[Run, Record]]:
     """What a chapter plots: committed records (``profile="record"``) or fresh ones.
 
     ``record`` takes profile ``paper`` only if every run of the figure has its record,
     else those labels of ``laptop`` whose runs are all recorded (RecordError if there
     are none; :func:`pending` names the others). An option that does not fit the
-    records fails.
+    records fails. ``only``: labels to which a chapter restricts itself (none: all).
     """
     (entry,) = find(experiment)
     if profile != "record":
-        return [
-            (r, r.execute(checkpoint=False)) for r in entry.runs(profile, **options)
-        ]
+        runs = entry.runs(profile, **options)
+        chosen = [r for r in runs if not only or r.label in only]
+        return [(r, r.execute(checkpoint=False)) for r in chosen]
     candidate = "paper"
     if not all(r.state() == "done" for r in entry.runs(candidate)):
         candidate = "laptop"
@@ -287,6 +289,7 @@ def results(experiment: str, profile: str, **options: Any) -> list[tuple[Run, Re
             f"{', '.join(options)} at the default, or recompute with profile smoke, "
             "laptop or paper"
         )
+    runs = [r for r in runs if not only or r.label in only]
     waiting = _waiting(runs)
     ready = [r for r in runs if r.label not in waiting]
     return [(r, r.load()) for r in ready or runs[:1]]
