@@ -962,4 +962,16 @@ LEDGER: tuple[Claim, ...] = (
             for part in ("Adam", "SGD")
         ),
     ),
+    Claim(
+        "N7",
+        _NOISE,
+        "ours",
+        "What makes LGL2O diverge late on Circles is the noise of its criterion: with "
+        "the full loss it does not",
+        (
+            Diverges(_FIG4, "LGL2O full loss", expected=False),
+            Lower(_FIG4, "LGL2O full loss", "LGL2O", _LONG),
+            NotWorse(_FIG4, "LGL2O full loss", "SGD", _LONG),
+        ),
+    ),
 )

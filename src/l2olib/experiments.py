@@ -378,17 +378,18 @@ SMALL_MLP = {
 
 
 def lgl2o_methods(
-    lr: float = 3.0, adam: float = 1e-3, tau: float = TAU
+    lr: float = 3.0, adam: float = 1e-3, tau: float = TAU, full_loss: bool = False
 ) -> dict[str, Any]:
     """The methods of LGL2O Figs. 3 to 8 by their names in the book.
 
     ``tau`` is the baselines' (and GL2O's); LGL2O's own is 50,000 (App. D). The last
     ones are ours: the memory reset after a rejection (open detail 1), guards that know
-    the noise of their criterion, and controls that could explain a guard's success.
+    the noise of their criterion, and controls that could explain a guard's success;
+    ``full_loss``, where the data are few, adds the criterion without noise.
     """
     sgd, fallback = SGD(PowerDecay(lr, tau)), SGD(PowerDecay(lr, TAU))
     by_adam = Adam(constant(adam))
-    return {
+    methods: dict[str, Any] = {
         "L2O": Alone(LSTM),
         "GL2O": GL2O(LSTM, sgd),
         "LGL2O": LGL2O(LSTM, fallback),
@@ -406,6 +407,9 @@ def lgl2o_methods(
         "L2O, then SGD": Switch(LSTM, fallback, 100),
         "LGL2O of Adam": LGL2O(by_adam, fallback),
     }
+    if full_loss:
+        methods["LGL2O full loss"] = LGL2O(LSTM, fallback, validation="full")
+    return methods
 
 
 def trainings(
@@ -498,7 +502,7 @@ FIG2_DATA = ("mnist", "fashion-mnist", "moons", "circles", "spirals", "cifar10")
 
 @dataclass(frozen=True)
 class Figure:
-    """One of LGL2O's Figs. 3 to 8: the problem, the rates, and a run's size.
+    """One of LGL2O's Figs. 3 to 8: the problem, a run's size, options of the methods.
 
     ``size`` gives, for each profile, what of :class:`~l2olib.train.Training` differs:
     steps, seeds, replicas, and at ``smoke`` a small data set.
@@ -507,7 +511,7 @@ class Figure:
     data: str
     optimizees: dict[str, Any]
     size: dict[str, dict[str, Any]]
-    rates: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(
         self, profile: str, seeds: int | None = None, data: str | None = None
@@ -522,7 +526,7 @@ class Figure:
                 + ", ".join(self.optimizees)
             )
         setting["optimizee"] = self.optimizees[setting["data"]]
-        return trainings(lgl2o_methods(**self.rates), L2O, **setting)
+        return trainings(lgl2o_methods(**self.options), L2O, **setting)
 
 
 CONV3 = {
@@ -554,13 +558,13 @@ FIGURES: dict[str, Figure] = {
         "circles",
         SMALL_MLP,
         {"smoke": _SMALL, "laptop": _TEN, "paper": _PAPER},
-        {"adam": 1e-2},
+        {"adam": 1e-2, "full_loss": True},
     ),
     "lgl2o.fig5": Figure(
         "spirals",
         SMALL_MLP,
         {"smoke": _SMALL, "laptop": _TEN, "paper": _PAPER},
-        {"adam": 1e-2},
+        {"adam": 1e-2, "full_loss": True},
     ),
     "lgl2o.fig6": Figure(
         "mnist",
@@ -583,14 +587,14 @@ FIGURES: dict[str, Figure] = {
         {"lr": 1.0, "tau": 20_000.0, "adam": 1e-3},
     ),
 }
-"""Rates: spec card B, sections 3 and 6 (SGD 3.0 on the MLPs, 1.0 on Conv3)."""
+"""Options are those of :func:`lgl2o_methods`; rates: spec card B, sections 3 and 6."""
 
 
 def _fig9(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     figure = FIGURES["lgl2o.fig5"]
     setting = {"data": figure.data, "optimizee": figure.optimizees[figure.data]}
     setting |= figure.size[profile] | ({} if seeds is None else {"seeds": seeds})
-    methods = lgl2o_methods(**figure.rates)
+    methods = lgl2o_methods(**figure.options)
     fallbacks = {k: methods[k].optimizer for k in ("SGD", "SGD+momentum", "Adam")}
     guards = {f"LGL2O over {k}": LGL2O(LSTM, f) for k, f in fallbacks.items()}
     return trainings(guards, L2O, **setting)
