@@ -224,15 +224,16 @@ def test_record_mode_shows_what_is_whole_and_names_the_rest(toy_table):
     record_all("toy.train", "toy.fig")
     found = runs("toy.fig")
     (guard,) = [r for r in found if r.name == "LGL2O/1"]
-    assert experiments.pending("toy.fig") == ""
+    assert experiments.pending("toy.fig", "record") == ""
     guard.path.unlink()
     shown = {r.label for r, _ in results("toy.fig", "record")}
     assert shown == {"L2O", "SGD"}
     few = results("toy.fig", "record", only=["SGD", "LGL2O"])
     assert [r.name for r, _ in few] == ["SGD/0", "SGD/1"]
-    assert experiments.pending("toy.fig") == "Not recorded yet: LGL2O."
+    assert experiments.pending("toy.fig", "record") == "Not recorded yet: LGL2O."
     with pytest.raises(claims.NotTestable, match="no record of LGL2O"):
         claims.Switching("toy.fig", "LGL2O")(experiments.evidence("toy.fig")[0])
+    assert experiments.pending("toy.fig", "smoke") == ""
     (stale,) = [r for r in found if r.name == "SGD/1"]
     stale.path.write_bytes(found[0].path.read_bytes())
     with pytest.raises(RecordError, match="another configuration"):

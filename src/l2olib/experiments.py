@@ -299,9 +299,11 @@ def _waiting(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(r.label for r in runs if not r.path.exists()))
 
 
-def pending(experiment: str) -> str:
-    """A sentence on what of an experiment has no record yet at ``laptop``, or ""."""
+def pending(experiment: str, profile: str) -> str:
+    """In record mode: a sentence on what has no record yet at ``laptop``; else ""."""
     (entry,) = find(experiment)
+    if profile != "record":
+        return ""
     waiting = _waiting(entry.runs("laptop"))
     return f"Not recorded yet: {'; '.join(waiting)}." if waiting else ""
 
@@ -540,7 +542,7 @@ CONV5 = {
     "cifar10": conv5((3, 32, 32), 10),
 }
 
-_SMALL = {"batch": 32, "steps": 100, "seeds": 5, "replicas": 5}
+_SMALL = {"batch": 32, "steps": 100, "seeds": 5, "replicas": 5, "audit_every": 1}
 _PAPER = {"steps": 100_000, "seeds": 25, "replicas": 25}
 _TEN = {"steps": 100_000, "seeds": 10, "replicas": 10}
 
