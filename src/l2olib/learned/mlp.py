@@ -372,6 +372,7 @@ class MLPOptimizer:
         total = (4 * 16 + 4 * 4 + 4 * self.heads) * self.layout.n
         for name, size in self.rows.sizes.items():
             total += 4 * 6 * (size + (self.columns.sizes[name] or size))
+            total += 4 * len(HORIZONS)
         return 2 * total
 
 
@@ -449,4 +450,5 @@ class MomentumMLP:
         return joined(deltas, 0), {"m": m, "step": state["step"] + 1}
 
     def flops(self, n: int) -> int:
-        return 2 * n * self.hidden * (2 + len(self.decays) + self.hidden + 2)
+        time = self.hidden * len(HORIZONS) * len(self.layout.shapes)
+        return 2 * (n * self.hidden * (2 + len(self.decays) + self.hidden + 2) + time)

@@ -60,11 +60,12 @@ class PES:
     batches. With an ``offset``, usually the horizon, pair n is first counted as having
     done a random number of steps below it, so that pairs do not all restart at once.
 
-    ``resets="free"`` restarts a pair just before a step, as in the paper of PES.
-    ``"slot"`` does what the reference code of STAR does: restarting takes the place of
-    a step, and the last step of an unroll is already credited to the new perturbation
-    alone, which biases the estimate a little. ``accumulate=False`` forgets earlier
-    perturbations: truncated ES.
+    ``resets="free"`` restarts a pair just before a step and credits what follows to the
+    perturbation of the restart alone: unbiased, as the paper of PES has it. ``"slot"``
+    does what the reference code of STAR does: restarting takes the place of a step, and
+    the last step of an unroll is credited like those after it, which biases the
+    estimate (by that step's part in the unroll, little at long horizons).
+    ``accumulate=False`` forgets earlier perturbations: truncated ES, for comparison.
 
     The state of N pairs: ``params [N, 2, n]``, ``optimizer`` (leaves [N, 2, ...]),
     ``noise [N, d]`` (sum of perturbations), ``steps`` and ``episodes`` ``[N]``.
@@ -74,7 +75,7 @@ class PES:
     truncation: int = 50
     horizon: int = 2_000
     sigma: float = 0.01
-    resets: Literal["free", "slot"] = "slot"
+    resets: Literal["free", "slot"] = "free"
     offset: int = 0
     accumulate: bool = True
 
@@ -189,7 +190,7 @@ class PES:
 
 def es(pairs: int = 4, horizon: int = 50, sigma: float = 0.01) -> PES:
     """Plain ES: every estimate is a whole unroll of fresh pairs."""
-    return PES(pairs, horizon, horizon, sigma, "free")
+    return PES(pairs, horizon, horizon, sigma)
 
 
 def over_pairs(step: Step) -> Step:
@@ -208,6 +209,11 @@ def put(x: Tensor, pair: int, value: Tensor) -> Tensor:
     x = x.clone()
     x[pair] = value.to(x)
     return x
+
+
+def clipped(gradient: Tensor, bound: float) -> Tensor:
+    """Cut every entry off at +-bound; entries that are not finite count as zero."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0).clamp(-bound, bound)
 
 
 def generator(*key: Any) -> torch.Generator:
@@ -340,7 +346,7 @@ class EvolutionJob(MetaJob):
         found, pairs = c.estimator.estimate(
             self.step, self.begin, meta, eps, state["pairs"], self.batches(done)
         )
-        gradient = found.gradient.nan_to_num(0.0, 0.0, 0.0).clamp(-c.clip, c.clip)
+        gradient = clipped(found.gradient, c.clip)
         move, adam = self.outer.update({}, gradient, state["adam"], meta)
         training = state["training"].clone()
         training[done] = found.loss.cpu()

@@ -1,0 +1,467 @@
+"""ES and PES: golden vectors, unbiasedness, restarts, the resumable meta-training."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from problems import make_toy_data, random_numbers  # noqa: F401
+from test_star import GOLDEN, PRECISIONS
+
+from l2olib import records
+from l2olib.data import train_indices
+from l2olib.learned.mlp import star
+from l2olib.learned.sgd import LearnableSGD
+from l2olib.metatrain.evolution import (
+    PES,
+    Evolution,
+    EvolutionJob,
+    clipped,
+    es,
+    over_pairs,
+)
+from l2olib.optimizees import MLP
+from l2olib.optimizers import SGD, constant
+from l2olib.train import drive, inner_steps
+
+HESSIAN = torch.tensor([[1.11, 0.596], [0.596, 0.486]], dtype=torch.float64)
+START = torch.tensor([2.0, -1.5], dtype=torch.float64)
+
+
+def quadratic_step(meta, params, state, center):
+    """Inner step of SGD with learnable log rate (and log of 1 - momentum)."""
+    h, d = HESSIAN.to(params), params - center
+    sgd = LearnableSGD(momentum=0.0 if len(meta) == 2 else None)
+    names = {"log_lr": meta[:1], "log_one_minus_momentum": meta[1:]}
+    delta, state = sgd.update(names, h @ d, state, params)
+    return 0.5 * d @ h @ d, params + delta, state
+
+
+# ---- golden vectors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", PRECISIONS)
+@pytest.mark.parametrize(
+    ("case", "spread"),
+    [
+        ("pes_sgd", 5.1e-6),
+        ("pes_sgd_offset", 3.7e-6),
+        ("pes_sgdm", 2.4e-5),
+        ("pes_sgd_outer", 5.1e-6),
+    ],
+)
+def test_estimates_are_the_references(case, spread, bits):
+    z = np.load(GOLDEN / f"star_golden_A_{case}.npz")
+    tolerance = 1e-10 if bits == "64" else 3 * spread
+
+    def tensor(value):
+        return torch.tensor(np.asarray(value), dtype=PRECISIONS[bits])
+
+    names = [k.partition("/")[2] for k in z if k.startswith("eps/")]
+    sgd = LearnableSGD(momentum=0.0 if len(names) == 2 else None)
+    config = Evolution(sgd, MLP((2, 2)), "", meta_lr=1e-2, weight_decay=0.5)
+    start = tensor(z["x0"])
+    pes = PES(4, int(z["trunc_length"]), int(z["total_length"]), 0.01, "slot")
+
+    def begin(pair, episode):
+        return start, sgd.init(start)
+
+    def expect(found, key, k=slice(None)):
+        expected = np.stack([z[f"{key}{bits}/{n}"][k] for n in names], -1)
+        assert torch.allclose(found, tensor(expected), rtol=0, atol=tolerance), key
+
+    meta = tensor([z[f"theta{bits}/{n}"][0] for n in names])
+    state = pes.start(meta, begin)
+    state["steps"] = torch.tensor(z["init_inner_step"]).long()
+    outer = config.outer.init(meta)
+    for k in range(4):
+        expect(meta, "theta", k)
+        eps = torch.stack([tensor(z[f"eps/{n}"][k]) for n in names], 1)
+        xi = tensor(z["xi"][k]).transpose(0, 1)
+        found, state = pes.estimate(
+            over_pairs(quadratic_step), begin, meta, eps, state, xi
+        )
+        expect(found.gradient, "grad", k)
+        expect(state["noise"], "accum_after", k)
+        assert np.array_equal(found.trained, z["mask"][k])
+        assert np.array_equal(state["steps"], z["inner_step_end"][k])
+        for sign, side in enumerate(("pos", "neg")):
+            losses = tensor(z[f"loss_{side}{bits}"][k])
+            assert torch.allclose(found.losses[..., sign], losses, atol=tolerance)
+            ends = tensor(z[f"x_{side}_end{bits}"][k])
+            assert torch.allclose(state["params"][:, sign], ends, atol=tolerance)
+        assert found.loss.item() == pytest.approx(
+            z[f"mean_loss{bits}"][k], abs=tolerance
+        )
+        if case == "pes_sgd_outer":
+            gradient = clipped(found.gradient, config.clip)
+            move, outer = config.outer.update({}, gradient, outer, meta)
+            meta = meta + move
+    if case == "pes_sgd_outer":
+        expect(meta, "theta_final", ())
+
+
+# ---- what is estimated ---------------------------------------------------------------
+
+TRUNCATION, HORIZON, SIGMA = 4, 12, 0.1
+CENTERS = random_numbers(3, HORIZON, 2)
+LOG_LR = torch.tensor([math.log(0.3)], dtype=torch.float64)
+
+
+def smoothed_gradient():
+    """Exact derivative of the mean loss of an unroll, averaged over perturbations.
+
+    Each truncation has a perturbation of its own; Gauss-Hermite quadrature over all.
+    """
+    parts = HORIZON // TRUNCATION
+    nodes, weights = np.polynomial.hermite_e.hermegauss(12)
+    grid = torch.tensor(list(itertools.product(nodes, repeat=parts)))
+    weight = torch.tensor(list(itertools.product(weights, repeat=parts))).prod(1)
+
+    def objective(meta):
+        def mean_loss(eps):
+            params, total = START, 0.0
+            for t, center in enumerate(CENTERS):
+                here = meta + SIGMA * eps[t // TRUNCATION]
+                loss, params, _ = quadratic_step(here, params, {}, center)
+                total = total + loss
+            return total / HORIZON
+
+        return (weight * torch.func.vmap(mean_loss)(grid)).sum() / weight.sum()
+
+    return torch.func.grad(objective)(LOG_LR).item()
+
+
+def estimates(pes, truncations):
+    """One estimate of the gradient of the mean loss from each pair of one unroll."""
+
+    def begin(pair, episode):
+        return START, {}
+
+    state, total = pes.start(LOG_LR, begin), 0.0
+    for k in range(truncations):
+        eps = pes.perturbations(LOG_LR, 0, k)
+        part = CENTERS[k * pes.truncation : (k + 1) * pes.truncation]
+        found, state = pes.estimate(
+            over_pairs(quadratic_step), begin, LOG_LR, eps, state,
+            part.expand(pes.pairs, *part.shape),
+        )  # fmt: skip
+        total = total + found.per_pair[:, 0] / truncations
+    return total
+
+
+def error_and_deviation(pes):
+    """Distance of the mean from the exact value in standard errors, and these."""
+    exact = smoothed_gradient()
+    draws = estimates(pes, HORIZON // TRUNCATION)
+    deviation = draws.std().item() / math.sqrt(len(draws))
+    return (draws.mean().item() - exact) / deviation, deviation / abs(exact)
+
+
+def test_pes_is_unbiased():
+    error, deviation = error_and_deviation(PES(20_000, TRUNCATION, HORIZON, SIGMA))
+    assert abs(error) < 3 and deviation < 0.03
+
+
+def test_truncated_es_is_not():
+    pes = PES(20_000, TRUNCATION, HORIZON, SIGMA, accumulate=False)
+    error, deviation = error_and_deviation(pes)
+    assert abs(error) > 5 and deviation < 0.03
+
+
+def test_the_restarts_of_the_reference_code_cost_a_bias():
+    """The last loss of an unroll is credited to the last perturbation alone."""
+    pes = PES(20_000, TRUNCATION, HORIZON, SIGMA, "slot")
+    error, deviation = error_and_deviation(pes)
+    assert abs(error) > 5 and deviation < 0.03
+
+
+def test_es_is_the_formula():
+    """A whole unroll for each estimate, pair by pair in a plain loop, twice."""
+    pes = es(3, HORIZON, SIGMA)
+
+    def begin(pair, episode):
+        return START + pair + 10 * episode, {}
+
+    state = pes.start(LOG_LR, begin)
+    for k in range(2):
+        eps = pes.perturbations(LOG_LR, 5, k)
+        found, state = pes.estimate(
+            over_pairs(quadratic_step), begin, LOG_LR, eps, state,
+            CENTERS.expand(3, HORIZON, 2),
+        )  # fmt: skip
+        for pair in range(3):
+            means = []
+            for sign in (1, -1):
+                params, losses = begin(pair, k)[0], []
+                for center in CENTERS:
+                    loss, params, _ = quadratic_step(
+                        LOG_LR + sign * eps[pair], params, {}, center
+                    )
+                    losses.append(loss)
+                means.append(sum(losses) / HORIZON)
+            slope = (means[0] - means[1]) * eps[pair] / (2 * SIGMA**2)
+            assert torch.allclose(found.per_pair[pair], slope, rtol=1e-10)
+        assert torch.allclose(found.gradient, found.per_pair.mean(0), rtol=1e-14)
+
+
+# ---- restarts and perturbations ------------------------------------------------------
+
+
+@pytest.mark.parametrize("resets", ["free", "slot"])
+def test_pairs_restart_after_the_horizon(resets):
+    """A rate of zero keeps parameters where they began: they name their episode."""
+    pes = PES(3, 4, 6, SIGMA, resets)
+    begun = []
+
+    def begin(pair, episode):
+        begun.append((pair, episode))
+        return torch.full((2,), 10.0 * episode + pair).double(), {}
+
+    def still(meta, params, state, batch):
+        return params[0] + 0.0 * meta[0], params, state
+
+    state = pes.start(LOG_LR, begin)
+    state["steps"] = torch.tensor([0, 3, 5])
+    shown, trained = [], []
+    for k in range(5):
+        eps = pes.perturbations(LOG_LR, 0, k)
+        before = records.flatten(state)
+        kept = {name: v.clone() for name, v in before.items()}
+        found, state = pes.estimate(
+            over_pairs(still), begin, LOG_LR, eps, state, torch.zeros(3, 4, 1)
+        )
+        assert all(torch.equal(before[name], kept[name]) for name in kept)
+        assert torch.equal(found.losses[..., 0], found.losses[..., 1])
+        shown.append(found.losses[..., 0])
+        trained.append(found.trained)
+    for pair, first in enumerate([0, 3, 5]):
+        expected, count, episode = [], first, 0
+        for _ in range(20):
+            if count == 6:
+                episode, count = episode + 1, 0
+                if resets == "slot":
+                    expected.append(None)
+                    continue
+            count += 1
+            expected.append(10.0 * episode + pair)
+        expected = (expected + [None] * 20)[:20]
+        mask = [v is not None for v in expected]
+        assert torch.cat(trained)[:, pair].tolist() == mask
+        assert torch.cat(shown)[:, pair].tolist() == [v or 0.0 for v in expected]
+    assert len(set(begun)) == len(begun)
+
+
+def test_perturbations_depend_on_seed_and_iteration():
+    pes, meta = PES(5, 10, 20), torch.zeros(7)
+    first = pes.perturbations(meta, 0, 0)
+    assert first.shape == (5, 7) and first.dtype == torch.float32
+    assert torch.equal(first, pes.perturbations(meta, 0, 0))
+    others = [pes.perturbations(meta, *k) for k in ((0, 1), (1, 0), (1, 1))]
+    assert all(not torch.equal(first, other) for other in others)
+    many = PES(1_000, 10, 20, 0.02).perturbations(meta, 0, 0)
+    assert many.std().item() == pytest.approx(0.02, rel=0.05)
+    assert abs(many.mean().item()) < 0.001
+
+
+def test_an_offset_spreads_the_restarts():
+    def begin(pair, episode):
+        return torch.zeros(1), {}
+
+    steps = PES(200, 10, 50, offset=50).start(torch.zeros(1), begin, 3)["steps"]
+    assert steps.min() >= 0 and steps.max() < 50 and len(set(steps.tolist())) > 40
+    assert not PES(200, 10, 50).start(torch.zeros(1), begin, 3)["steps"].any()
+
+
+def test_clipping():
+    found = clipped(torch.tensor([0.5, -3.0, math.nan, math.inf, -math.inf]), 1.0)
+    assert found.tolist() == [0.5, -1.0, 0.0, 0.0, 0.0]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="from 1 to the horizon, 10, not 20"):
+        PES(4, 20, 10)
+    with pytest.raises(ValueError, match="not 4 and 0"):
+        PES(4, 5, 10, 0.0)
+    with pytest.raises(ValueError, match="not 0 and 0.01"):
+        PES(0, 5, 10)
+    with pytest.raises(ValueError, match="'free' or 'slot', not 'hard'"):
+        PES(4, 5, 10, resets="hard")
+    with pytest.raises(ValueError, match="horizon, 10, not 11"):
+        PES(4, 5, 10, offset=11)
+    with pytest.raises(ValueError, match="built for another optimizee"):
+        Evolution(star(MLP((2, 4, 2)).layout), MLP((2, 5, 2)), "toy")
+
+
+def test_learnable_sgd_is_sgd():
+    params, grads = random_numbers(0, 4), [random_numbers(k, 4) for k in (1, 2, 3)]
+    for momentum in (None, 0.8):
+        ours, hand = LearnableSGD(0.2, momentum), SGD(constant(0.2), momentum or 0.0)
+        meta = {k: v.double() for k, v in ours.init_meta(0).items()}
+        state, other = ours.init(params), hand.init(params)
+        for g in grads:
+            delta, state = ours.update(meta, g, state, params)
+            expected, other = hand.update({}, g, other, params)
+            assert torch.allclose(delta, expected, rtol=1e-6)
+        assert ours.flops(4) == 0
+
+
+# ---- the meta-training ---------------------------------------------------------------
+
+NET = MLP((2, 4, 2))
+
+
+def small(**changes) -> Evolution:
+    base = Evolution(
+        star(NET.layout, 1e-4),
+        NET,
+        "toy",
+        batch=8,
+        iterations=6,
+        estimator=PES(3, 4, 9, 0.01, offset=9),
+        meta_lr=1e-3,
+        weight_decay=0.1,
+        validate_every=2,
+    )
+    return replace(base, **changes)
+
+
+def test_an_estimate_equals_a_plain_loop(toy_data):
+    """Two truncations of every member alone, its own steps, sums and restarts."""
+    config = small()
+    job = EvolutionJob(config)
+    e, meta = config.estimator, job.layout.flatten(config.optimizer.init_meta(0))
+    state = e.start(meta, job.begin, config.seed)
+    counts = state["steps"].tolist()
+    runs = {(n, s): job.begin(n, 0) for n, s in itertools.product(range(3), (1, -1))}
+    noise = torch.zeros(3, len(meta))
+    episodes = [0] * 3
+    for k in range(2):
+        eps = e.perturbations(meta, config.seed, k)
+        batches = job.batches(k)
+        found, state = e.estimate(job.step, job.begin, meta, eps, state, batches)
+        expected = []
+        for n in range(3):
+            stream = train_indices(64, 8, 1_000_000 + n, 4 * k, 4)
+            assert torch.equal(batches[n], stream)
+            old, new, fresh = 0.0, 0.0, False
+            for idx in stream:
+                if counts[n] == 9:
+                    episodes[n], counts[n], fresh = episodes[n] + 1, 0, True
+                    runs[n, 1] = runs[n, -1] = job.begin(n, episodes[n])
+                counts[n] += 1
+                losses = []
+                for sign in (1, -1):
+                    views = job.layout.views(meta + sign * eps[n])
+                    params, inner, loss = inner_steps(
+                        job.task, config.optimizer, views, *runs[n, sign], idx[None]
+                    )
+                    runs[n, sign] = params, inner
+                    losses.append(loss[0].clamp(0, 1.5 * math.log(2)))
+                difference = (losses[0] - losses[1]).item() / 4
+                old, new = (old, new + difference) if fresh else (old + difference, new)
+            noise[n] += eps[n]
+            expected.append((old * noise[n] + new * eps[n]) / (2 * 0.01**2))
+            if fresh:
+                noise[n] = eps[n]
+        assert torch.allclose(
+            found.per_pair, torch.stack(expected), rtol=1e-3, atol=1e-4
+        )
+        assert torch.allclose(state["noise"], noise, atol=1e-8)
+        for (n, sign), (params, inner) in runs.items():
+            side = (1 - sign) // 2
+            assert torch.allclose(state["params"][n, side], params, atol=1e-5)
+            for key, value in inner.items():
+                assert torch.allclose(
+                    state["optimizer"][key][n, side], value, atol=1e-5
+                )
+    assert sum(episodes) > 0
+
+
+def test_nothing_in_a_step_stops_the_compiler(toy_data):
+    """With ``fullgraph`` a break, which would leave the step eager, is an error."""
+    net = MLP((2, 2))
+    config = small(optimizer=star(net.layout), optimizee=net)
+    job, e = EvolutionJob(config), config.estimator
+    meta = job.layout.flatten(config.optimizer.init_meta(0))
+    state, eps = e.start(meta, job.begin), e.perturbations(meta, 0, 0)
+    traced = torch.compile(job.step, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found, expected = (
+            e.estimate(step, job.begin, meta, eps, state, job.batches(0))[0]
+            for step in (traced, job.step)
+        )
+    assert torch.allclose(found.losses, expected.losses, rtol=1e-4)
+
+
+def test_an_iteration_is_one_step_of_torch_adamw(toy_data):
+    config = small(iterations=3)
+    job = EvolutionJob(config)
+    state = job.start()
+    leaf = state["meta"].clone().requires_grad_()
+    adamw = torch.optim.AdamW([leaf], lr=1e-3, weight_decay=0.1)
+    for k in range(3):
+        eps = config.estimator.perturbations(leaf.detach(), 0, k)
+        with torch.no_grad():
+            found, _ = config.estimator.estimate(
+                job.step, job.begin, leaf.detach(), eps, state["pairs"], job.batches(k)
+            )
+        leaf.grad = found.gradient.clamp(-1, 1)
+        adamw.step()
+        state = job.advance(state)
+        assert torch.allclose(state["meta"], leaf.detach(), atol=1e-6)
+        assert state["training"][k].item() == pytest.approx(found.loss.item())
+    arrays = job.finish(state)
+    assert torch.equal(arrays["snapshots"][-1], state["meta"])
+    assert arrays["snapshot_rollouts"].tolist() == [0, 1, 2, 3]
+    assert len(arrays["training"]) == 3 and len(arrays["validation"]) == 2
+
+
+@pytest.mark.parametrize("resets", ["free", "slot"])
+def test_a_resumed_meta_training_is_bit_identical(toy_data, tmp_path, resets):
+    """Every iteration in a fresh job that knows nothing but the checkpoint."""
+    config = small(estimator=PES(3, 4, 9, 0.01, resets, 9))
+    whole, _ = drive(EvolutionJob(config))
+    path = tmp_path / "checkpoint"
+    state = EvolutionJob(config).start()
+    while EvolutionJob(config).position(state)[0] < config.iterations:
+        records.write(path, records.flatten(state), {})
+        state = records.unflatten(records.read(path)[0])
+        state = EvolutionJob(config).advance(state)
+    pieces = EvolutionJob(config).finish(state)
+    spec = records.spec(config)
+    assert records.digest(spec, pieces) == records.digest(spec, whole)
+    other, _ = drive(EvolutionJob(replace(config, seed=1)))
+    assert not torch.equal(other["training"], whole["training"])
+
+
+def test_losses_are_cut_off(toy_data):
+    """A diverging optimizer costs the ceiling, not a NaN, and so does NaN itself."""
+    top = 1.5 * math.log(2)
+    job = EvolutionJob(small())
+    losses = torch.tensor([0.3, 5.0, math.inf, math.nan])
+    assert job.meta_loss(losses).tolist() == pytest.approx([0.3, top, top, top])
+    free = EvolutionJob(small(ceiling=None))
+    assert free.meta_loss(losses)[1] == 5.0
+    wild = replace(small(), optimizer=LearnableSGD(1e30), iterations=3)
+    arrays, _ = drive(EvolutionJob(wild))
+    assert arrays["training"].isfinite().all() and arrays["validation"].isfinite().all()
+    assert arrays["training"].max() <= top * (1 + 1e-6)
+    assert arrays["meta.log_lr"].isfinite().all()
+
+
+def test_pes_finds_a_better_learning_rate(toy_data):
+    config = Evolution(
+        LearnableSGD(0.01), NET, "toy", batch=8, iterations=60,
+        estimator=PES(8, 10, 40, 0.1), meta_lr=0.1, validate_every=20,
+    )  # fmt: skip
+    arrays, _ = drive(config.job("cpu", False, {}))
+    assert arrays["validation"].min() < arrays["validation"][0] - 0.05
+    assert arrays["meta.log_lr"].item() > math.log(0.03)
+
+
+def test_the_cost_of_a_meta_training_grows_with_its_pairs():
+    few, many = (small(estimator=PES(n, 4, 8)).seconds() for n in (1, 10))
+    assert 0 < few < many < 10 * few
