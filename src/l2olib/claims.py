@@ -662,6 +662,7 @@ def _both_parts(
 
 
 _FIG3, _FIG4, _FIG5 = "lgl2o.fig3", "lgl2o.fig4", "lgl2o.fig5"
+_ABLATIONS = "lgl2o.ablations"
 _FIG6, _FIG7, _FIG9 = "lgl2o.fig6", "lgl2o.fig7", "lgl2o.fig9"
 
 
@@ -800,6 +801,17 @@ LEDGER: tuple[Claim, ...] = (
         (Lower(_FIG9, "LGL2O over Adam", "LGL2O over SGD", _LONG, by=0.02),),
     ),
     Claim(
+        "B10",
+        _FAR,
+        "LGL2O, section 4.2",
+        "With one validation batch in place of ten the guard switches to and fro; with "
+        "more, less",
+        (
+            MoreSwitching(_ABLATIONS, "n_c=1", "LGL2O"),
+            MoreSwitching(_ABLATIONS, "LGL2O", "n_c=100"),
+        ),
+    ),
+    Claim(
         "B12",
         _GUARD,
         "LGL2O, conclusion",
@@ -844,13 +856,13 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B16",
-        _GUARD,
+        _FAR,
         "LGL2O, section 4",
         "The phase in which the loss rises first is necessary for the L2O to work: "
         "with a decision after every step it is vetoed",
         (
-            Lower("lgl2o.interval", "LGL2O n_t=10", "LGL2O n_t=1", _EARLY),
-            NotWorse("lgl2o.interval", "SGD", "LGL2O n_t=1", _EARLY),
+            Lower(_ABLATIONS, "LGL2O", "n_t=1", _EARLY),
+            NotWorse(_ABLATIONS, "SGD", "n_t=1", _EARLY),
         ),
     ),
     Claim(

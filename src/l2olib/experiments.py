@@ -602,6 +602,36 @@ def _fig9(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     return trainings(guards, L2O, **setting)
 
 
+def _ablations(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """One factor at a time from LGL2O's default; batches ``iid`` where n_t or n_c is
+    too large for the others to avoid."""
+    figure = FIGURES["lgl2o.fig4"]
+    setting = {"data": figure.data, "optimizee": figure.optimizees[figure.data]}
+    setting |= figure.size[profile] | ({} if seeds is None else {"seeds": seeds})
+    if profile == "laptop":
+        setting["steps"] = 10_000
+    setting["segment"] = 100
+    default = lgl2o_methods(**figure.options)["LGL2O"]
+    changes: dict[str, dict[str, Any]] = {
+        "LGL2O": {},
+        "n_t=1": {"n_t": 1},
+        "n_t=100": {"n_t": 100, "validation": "iid"},
+        "n_c=1": {"n_c": 1},
+        "n_c=100": {"n_c": 100, "validation": "iid"},
+        "iid": {"validation": "iid"},
+        "fixed": {"validation": "fixed"},
+        "full loss": {"validation": "full"},
+        "revert": {"proposal_state": "revert"},
+        "reset": {"proposal_state": "reset"},
+        "power 1": {"fallback": SGD(PowerDecay(3.0, TAU, 1.0))},
+        "power 0.5": {"fallback": SGD(PowerDecay(3.0, TAU, 0.5))},
+        "rate 1": {"fallback": SGD(PowerDecay(1.0, TAU))},
+    }
+    methods: dict[str, Any] = {k: replace(default, **c) for k, c in changes.items()}
+    methods |= {"L2O": Alone(LSTM), "SGD": Alone(default.fallback)}
+    return trainings(methods, L2O, **setting)
+
+
 DETAILS: dict[str, dict[str, Any]] = {
     "smoke": {"data": "digits", "batch": 32, "steps": 50, "seeds": 2, "replicas": 2},
     "laptop": {"data": "mnist", "steps": 5_000, "seeds": 2},
@@ -683,6 +713,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Spirals: LGL2O over three fallbacks",
             "02b-out-of-distribution",
             _fig9,
+        ),
+        Experiment(
+            "lgl2o.ablations",
+            "Circles: LGL2O with one thing changed at a time",
+            "02b-out-of-distribution",
+            _ablations,
         ),
         Experiment(
             "lgl2o.details",
