@@ -442,7 +442,7 @@ def test_the_ledger_can_be_judged_without_records(monkeypatch, tmp_path):
     """Every row has a verdict from code, whatever is missing."""
     monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
     verdicts = claims.report()
-    assert [v.claim.id for v in verdicts] == [c.id for c in LEDGER]
+    assert sorted(v.claim.id for v in verdicts) == sorted(c.id for c in LEDGER)
     assert {v.verdict for v in verdicts} == {"not testable yet"}
     text = claims.markdown(verdicts)
     assert len(text.splitlines()) == 2 + len(LEDGER)
