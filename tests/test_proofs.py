@@ -8,12 +8,15 @@ from l2olib.proofs import (
     HOLDS,
     ProofError,
     Theorem,
+    added,
     eq,
     ge,
     gt,
     is_zero,
     le,
     lt,
+    raised,
+    times,
 )
 
 a, b = sp.symbols("a b", positive=True)
@@ -44,8 +47,8 @@ IDENTITIES = [
     ),
     (eq(sp.Sum(1 / k, (k, 1, sp.oo)), sp.oo), eq(sp.Sum(k**-2, (k, 1, sp.oo)), sp.oo)),
     (
-        eq(sp.Matrix([[a, 1], [0, b]]) ** 2, sp.Matrix([[a**2, a + b], [0, b**2]])),
-        eq(sp.Matrix([[a, 1], [0, b]]) ** 2, sp.Matrix([[a**2, a - b], [0, b**2]])),
+        eq(sp.Matrix([[a**2 - b**2, 1]]), sp.Matrix([[(a - b) * (a + b), 1]])),
+        eq(sp.Matrix([[a**2 - b**2, 1]]), sp.Matrix([[(a - b) * (a - b), 1]])),
     ),
 ]
 
@@ -145,6 +148,18 @@ def test_prose_is_never_shown_as_checked() -> None:
     assert "Argued in prose" in text
 
 
+def test_a_tautology_is_no_step() -> None:
+    """SymPy carries out a sum while it is written; as written, it stays to be shown."""
+    half_twice = (x / 2, x / 2)
+    with pytest.raises(ProofError, match="both sides are x"):
+        theorem().identity("t", "t", eq(sum(half_twice), x))
+    theorem().identity("t", "t", eq(added(*half_twice), x))
+    theorem().identity("t", "t", eq(times(b, 1 / b, raised(-x, 2)), x**2))
+    for wrong in (added(x, x / 2), times(2, x / 2, x), raised(-x, 3)):
+        with pytest.raises(ProofError, match="identically"):
+            theorem().identity("t", "t", eq(wrong, x))
+
+
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
@@ -156,7 +171,7 @@ def test_prose_is_never_shown_as_checked() -> None:
 )
 def test_words_beside_a_check_are_not_part_of_it(words: str, shown: str) -> None:
     """A relation in them is marked; a consequence stands after the formula."""
-    step = theorem().identity("t", "Two", eq(x + x, 2 * x), words)
+    step = theorem().identity("t", "Two", eq(added(x, x), 2 * x), words)
     assert shown in step._repr_markdown_()
 
 
@@ -164,7 +179,7 @@ def test_proof_shows_each_step_once() -> None:
     t = theorem()
     t.prose("One", "First.")
     assert "First." in t.proof()._repr_markdown_()
-    t.identity("t", "Two", eq(x + x, 2 * x))
+    t.identity("t", "Two", eq(added(x, x), 2 * x))
     assert "First." not in t.proof()._repr_markdown_()
     assert [s.name for s in t.steps] == ["One", "Two"]
 

@@ -75,6 +75,21 @@ ge = _relation(sp.Ge)
 gt = _relation(sp.Gt)
 
 
+def added(*terms: object) -> sp.Expr:
+    """Return the sum as it is written, so that carrying it out is left to the check."""
+    return sp.Add(*map(sp.sympify, terms), evaluate=False)
+
+
+def times(*factors: object) -> sp.Expr:
+    """Return the product as it is written."""
+    return sp.Mul(*map(sp.sympify, factors), evaluate=False)
+
+
+def raised(base: object, exponent: object) -> sp.Expr:
+    """Return the power as it is written."""
+    return sp.Pow(sp.sympify(base), sp.sympify(exponent), evaluate=False)
+
+
 def _excess(statement: Relational) -> sp.Expr:
     """Return the side that should be larger minus the other one."""
     if isinstance(statement, sp.Ge | sp.Gt):
@@ -576,7 +591,14 @@ class Theorem:
     def identity(
         self, tag: str, name: str, statement: Relational, text: str = ""
     ) -> Step:
-        """Add an equation whose sides agree identically."""
+        """Add an equation whose sides agree identically.
+
+        Raises ProofError if they are one and the same expression: SymPy has then done
+        the step while it was written, and there is nothing to show or check. Write it
+        with :func:`added`, :func:`times` and :func:`raised`.
+        """
+        same = sp.srepr(statement.lhs) == sp.srepr(statement.rhs)
+        _require(not same, f"[{tag}] {name}: both sides are {statement.lhs}")
         return self._add(Step(tag, name, "checked", statement, Identity(), text))
 
     def inequality(
