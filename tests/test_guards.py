@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2olib.data import train_indices, valid_indices
-from l2olib.guards import LGL2O, Margin, Sequential, Switch
+from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Switch
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -95,6 +95,30 @@ def test_contraction_on_strongly_convex_quadratics(name, n_t, alpha):
         )
         after = task.full_loss(state["params"])
         assert after <= q**n_t * before * (1 + 1e-12)
+        before = after
+
+
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 1.7])
+def test_lazy_keeps_the_rate_of_one_fallback_step(name, alpha):
+    """Dossier, entry 38: E+ <= [1 - (mu / L) alpha (2 - alpha)] E, whoever proposes."""
+    mu, smooth = 0.2, 2.0
+    task = quadratic([smooth, 0.7, mu], [1.0, -2.0, 0.5])
+    guard = Lazy(
+        PATHOLOGICAL[name],
+        SGD(constant(alpha / smooth)),
+        n_t=2,
+        validation="full",
+        decrease=1 - alpha / 2,
+    )
+    state = guard.init(task.optimizee.init(0).double())
+    before = task.full_loss(state["params"]).item()
+    for _ in range(20):
+        idx = torch.zeros(2, 1, dtype=torch.int64)
+        state, _ = guard.segment(task, metas_of(guard), state, idx, None)
+        after = task.full_loss(state["params"]).item()
+        rate = 1 - mu / smooth * alpha * (2 - alpha)
+        assert after <= rate * before * (1 + 1e-12) + 1e-300
         before = after
 
 
@@ -299,6 +323,14 @@ class Plain:
         y, h_y, losses_y = self.branch("proposal", self.h, idx)
         z, o_z, losses_z = self.branch("fallback", self.o, idx)
         (f_y, items_y), (f_z, items_z) = self.value(y, held), self.value(z, held)
+        if isinstance(guard, Lazy):
+            f_z, items_z = self.value(self.x, held)
+            step, _ = guard.fallback.update(
+                self.metas["fallback"], self.gradient(self.x, idx[0])[1], self.o, self.x
+            )
+            gain = -math.fsum((self.gradient(self.x, idx[1])[1] * step).tolist())
+            ask = guard.decrease * max(gain, 0.0)
+            f_z, items_z = f_z - ask, [v - ask for v in items_z]
         d = [a - b for a, b in zip(items_y, items_z, strict=True)]
         mean = math.fsum(d) / len(d)
         spread = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / len(d)
@@ -433,6 +465,19 @@ def test_every_test_of_noise_equals_the_plain_algorithm(options):
     assert 0 < sum(won) < len(won), "both outcomes must occur"
 
 
+@pytest.mark.parametrize("options", [{}, {"validation": "full"}, {"test": Margin(0.5)}])
+def test_lazy_equals_the_plain_algorithm(options):
+    guard = Lazy(
+        SGD(PowerDecay(1.0, 10.0), momentum=0.7),
+        SGD(PowerDecay(1.0, 10.0)),
+        n_t=3,
+        n_c=4,
+        **options,
+    )
+    won = compare(guard, 12)
+    assert 0 < sum(won) < len(won), "both outcomes must occur"
+
+
 EITHER_SIDE = {
     "sgd": GD,
     "momentum": SGD(PowerDecay(0.2, 10.0), momentum=0.9),
@@ -518,6 +563,13 @@ def test_hidden_state_survives_a_bad_gradient():
 def test_wrong_options_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be .*{value}"):
         LGL2O(LSTM, GD, **{field: value})
+
+
+def test_wrong_lazy_guards_are_refused():
+    with pytest.raises(ValueError, match="^n_t must be at least 2, not 1"):
+        Lazy(LSTM, GD, n_t=1)
+    with pytest.raises(ValueError, match="^decrease must be positive, not 0"):
+        Lazy(LSTM, GD, decrease=0.0)
 
 
 def test_wrong_tests_of_noise_are_refused():
@@ -639,6 +691,7 @@ class Counted:
         LGL2O(LSTM, LSTMOptimizer(hidden=3), n_t=2, n_c=4, validation="iid"),
         LGL2O(LSTM, GD, n_t=1, validation="full"),
         LGL2O(LSTM, GD, n_t=5, n_c=3, test=Sequential()),
+        Lazy(LSTM, GD, n_t=5, n_c=3),
     ],
 )
 def test_stated_cost_equals_counted_cost(method):
@@ -673,6 +726,18 @@ def test_cost_of_the_papers_setting():
     assert 10 * cost.depth == pytest.approx(11)
     expected = 19 * mlp.flops(128, True) + 20 * mlp.flops(128) + 10 * 9_960 * 15_910
     assert 10 * cost.flops == pytest.approx(expected)
+
+
+def test_work_of_a_lazy_decision():
+    """n_t + 1 gradients where it accepts, n_t - 1 more where it does not."""
+    mlp = MLP((784, 20, 10))
+    method = Lazy(LSTMOptimizer(), SGD(PowerDecay(3.0)))
+    yes, no = (method.cost(mlp, 128, 60_000, share) for share in (1.0, 0.0))
+    assert (10 * yes.gradients, 10 * no.gradients) == pytest.approx((11, 20))
+    assert (10 * yes.forwards, 10 * no.forwards) == pytest.approx((20, 20))
+    assert (10 * yes.depth, 10 * no.depth) == pytest.approx((11, 20))
+    saved = 9 * mlp.flops(128, True)
+    assert 10 * (no.flops - yes.flops) == pytest.approx(saved)
 
 
 def test_a_random_start_is_not_special():

@@ -986,4 +986,18 @@ LEDGER: tuple[Claim, ...] = (
             NotWorse(_FIG4, "LGL2O full loss", "SGD", _LONG),
         ),
     ),
+    Claim(
+        "N8",
+        _NOISE,
+        "ours",
+        "The lazy guard does as well as the guard with reset and margin, for less work",
+        (
+            NotWorse(_FIG3, "LGL2O reset, lazy", "LGL2O reset, margin", _LATE),
+            NotWorse(_FIG4, "LGL2O reset, lazy", "LGL2O reset, margin", _LONG),
+            NotWorse(_FIG6, "LGL2O reset, lazy", "LGL2O reset, margin", _LATE),
+            Cheaper(_FIG3, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
+            Cheaper(_FIG4, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
+            Cheaper(_FIG6, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
+        ),
+    ),
 )

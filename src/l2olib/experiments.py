@@ -21,7 +21,7 @@ import torch
 
 from . import claims, records
 from .data import find_root, load
-from .guards import GL2O, LGL2O, Margin, Memory, Sequential, Switch
+from .guards import GL2O, LGL2O, Lazy, Margin, Memory, Sequential, Switch
 from .learned.lstm import LSTMOptimizer
 from .metatrain.truncated import LearningCurve, MetaTraining
 from .optimizees import MLP, conv3, conv5
@@ -405,6 +405,9 @@ def lgl2o_methods(
         ),
         "LGL2O reset, sequential": LGL2O(
             LSTM, fallback, n_c=20, proposal_state="reset", test=Sequential(3.0)
+        ),
+        "LGL2O reset, lazy": Lazy(
+            LSTM, fallback, proposal_state="reset", test=Margin(3.0)
         ),
         "L2O, then SGD": Switch(LSTM, fallback, 100),
         "LGL2O of Adam": LGL2O(by_adam, fallback),

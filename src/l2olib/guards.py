@@ -3,8 +3,9 @@
 :class:`LGL2O` is the loss guard of Premont-Schwarz, Vitku and Feyereisl, "A Simple
 Guard for Learned Optimizers" (ICML 2022). With ``n_t=1`` and ``validation="full"`` it
 is their Algorithm 1, with the defaults their Algorithm 2; a noise-aware ``test``
-(:class:`Margin`, :class:`Sequential`; ours) makes it demand evidence. Either side may
-be any :class:`~l2olib.optimizers.Optimizer`; NaN and infinity are ordinary inputs.
+(:class:`Margin`, :class:`Sequential`; ours) makes it demand evidence, and
+:class:`Lazy` spares the fallback's branch. Either side may be any
+:class:`~l2olib.optimizers.Optimizer`; NaN and infinity are ordinary inputs.
 :class:`GL2O` is the residual guard that it was compared with, :class:`Switch` the
 control that guards nothing.
 """
@@ -249,7 +250,8 @@ class LGL2O:
                 task, optimizer, metas[role], x, state[role], batches, first
             )
         y, z = ends["proposal"], ends["fallback"]
-        l_y, l_z = self.losses(task, y, held_out), self.losses(task, z, held_out)
+        l_y = self.losses(task, y, held_out)
+        l_z = self.bar(task, metas, state, batches, first, z, held_out)
         f_y, f_z, delta = l_y.mean(), l_z.mean(), l_y - l_z
         y_ok = f_y.isfinite() & finite(y)
         z_ok = f_z.isfinite() & finite(z)
@@ -291,6 +293,19 @@ class LGL2O:
             return task.full_loss(params)[None]
         return task.losses(params, held_out.flatten()).view(held_out.shape)
 
+    def bar(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        batches: Tensor,
+        first: tuple[Tensor, Tensor],
+        z: Tensor,
+        held_out: Tensor | None,
+    ) -> Tensor:
+        """What the proposal's losses must beat: those of the fallback's candidate."""
+        return self.losses(task, z, held_out)
+
     def error(self, delta: Tensor) -> Tensor:
         """Standard error of the mean of ``delta`` (0 for the full loss)."""
         if self.validation == "full":
@@ -321,8 +336,10 @@ class LGL2O:
             state["step"] = end["step"] if self.clock == "global" else counted
         return state
 
-    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
-        """Work of one inner step, averaged over a decision (dossier, entry 17)."""
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
+        """Work of one inner step, averaged over a decision (see the residual guard)."""
         evaluated = 2 * (items if self.validation == "full" else self.n_c * batch)
         n = optimizee.layout.n
         return Cost(
@@ -335,6 +352,68 @@ class LGL2O:
                 + self.n_t * (self.proposal.flops(n) + self.fallback.flops(n))
             )
             / self.n_t,
+        )
+
+
+@dataclass(frozen=True)
+class Lazy(LGL2O):
+    """A loss guard that runs the fallback's branch only when it needs it (ours).
+
+    The proposal y must bring a sufficient decrease from the CURRENT point: accept iff
+    F(y) < F(x) - ``decrease`` * d, where d is the decrease that ONE fallback step from
+    x promises to first order. It is estimated without bias from two batches: the step
+    is made on the first, its product with the gradient taken on the second. With the
+    full loss, d = lr |grad f|^2 for gradient descent, and ``decrease`` = 1 - lr L / 2
+    gives each decision the proved rate of that one step (the book, "The lazy guard").
+    Otherwise x becomes z, the end of ``n_t`` fallback steps.
+
+    Under ``vmap`` both branches are computed; the work that is counted is what a
+    sequential program would do.
+    """
+
+    decrease: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_t < 2:
+            raise ValueError(
+                f"n_t must be at least 2, not {self.n_t}: the promised decrease takes "
+                "two batches"
+            )
+        if not self.decrease > 0:
+            raise ValueError(f"decrease must be positive, not {self.decrease}")
+
+    def bar(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        batches: Tensor,
+        first: tuple[Tensor, Tensor],
+        z: Tensor,
+        held_out: Tensor | None,
+    ) -> Tensor:
+        """The losses at the current point, less the decrease that is asked for."""
+        x, loss, grad = state["params"], *first
+        step, _ = self.fallback.update(
+            metas["fallback"], grad, state["fallback"], x, loss=loss
+        )
+        promised = -(task.loss_and_grad(x, batches[1])[1] @ step)
+        return self.losses(task, x, held_out) - self.decrease * promised.clamp(min=0)
+
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
+        """As the loss guard's, one gradient more and no fallback where ``accepted``."""
+        both, n = super().cost(optimizee, batch, items), optimizee.layout.n
+        spared = accepted * (self.n_t - 1) - 1
+        flops = spared * optimizee.flops(batch, gradient=True)
+        flops += accepted * (self.n_t - 1) * self.fallback.flops(n)
+        return Cost(
+            gradients=both.gradients - spared / self.n_t,
+            forwards=both.forwards,
+            depth=both.depth + (1 - accepted) * (self.n_t - 1) / self.n_t,
+            flops=both.flops - flops / self.n_t,
         )
 
 
@@ -536,7 +615,9 @@ class GL2O:
             return grad.norm()
         return self.fallback.update(metas["fallback"], grad, state, point)[0].norm()
 
-    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
         """Work of one step: two gradients, the second after the proposal."""
         n = optimizee.layout.n
         return Cost(
@@ -620,7 +701,9 @@ class Switch:
             losses.append(loss)
         return state, {"loss": torch.stack(losses)}
 
-    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
         """Work of a late step: a long run consists of them."""
         flops = optimizee.flops(batch, gradient=True)
         return Cost(1.0, 0.0, 1.0, flops + self.fallback.flops(optimizee.layout.n))

@@ -177,7 +177,11 @@ class Method(Protocol):
         valid: Tensor | None,
     ) -> tuple[State, Trace]: ...
 
-    def cost(self, optimizee: Any, batch: int, items: int) -> Cost: ...
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
+        """Mean work of a step, where that share of the proposals was accepted."""
+        ...
 
 
 def inner_steps(
@@ -248,7 +252,9 @@ class Alone:
         )
         return {"params": params, "optimizer": inner}, {"loss": losses}
 
-    def cost(self, optimizee: Any, batch: int, items: int) -> Cost:
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
         flops = optimizee.flops(batch, gradient=True)
         return Cost(1.0, 0.0, 1.0, flops + self.optimizer.flops(optimizee.layout.n))
 
@@ -456,7 +462,10 @@ class TrainingJob:
         arrays |= {name: values[keep] for name, values in state["looks"].items()}
         for name, values in state.get("audit", {}).items():
             arrays[f"audit.{name}"] = values[keep].float()
-        cost = c.method.cost(c.optimizee, c.batch, self.task.items)
+        share = (
+            float(state["trace"]["use_l2o"][keep].mean()) if c.method.traces else 0.0
+        )
+        cost = c.method.cost(c.optimizee, c.batch, self.task.items, share)
         for name, value in vars(cost).items():
             arrays[name] = torch.tensor([value], dtype=torch.float64)
         return arrays
