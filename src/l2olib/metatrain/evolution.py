@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -37,18 +39,26 @@ Begin = Callable[[int, int], tuple[Tensor, State]]
 
 
 class Estimate(NamedTuple):
-    """What one truncation found; ``gradient [d]`` is the mean of ``per_pair [N, d]``.
+    """What one truncation of N pairs found; ``per_pair [N, d]`` estimates each.
 
-    ``losses [K, N, 2]`` of the members theta + eps, theta - eps; where ``trained [K,
-    N]`` is False a pair was re-initialised instead, and its losses are zero. ``loss``
-    is their mean, the meta-loss.
+    ``losses [N, K, 2]`` of the members theta + eps, theta - eps; where ``trained [N,
+    K]`` is False a pair was re-initialised instead, and its losses are zero.
     """
 
-    gradient: Tensor
     per_pair: Tensor
-    loss: Tensor
     losses: Tensor
     trained: Tensor
+
+    @property
+    def gradient(self) -> Tensor:
+        """The estimate ``[d]``: the mean over pairs, in their order."""
+        return self.per_pair.mean(0)
+
+    @property
+    def loss(self) -> Tensor:
+        """The meta-loss: the mean over members of their mean losses."""
+        count = self.trained.sum(1).clamp(min=1).to(self.losses)
+        return (self.losses.sum((1, 2)) / (2 * count)).mean()
 
 
 @dataclass(frozen=True)
@@ -165,21 +175,17 @@ class PES:
             trained.append(active)
             credited.append(~done)
 
-        values = torch.stack(losses)
-        mask, old = torch.stack(trained), torch.stack(credited).to(values)
-        count = mask.sum(0).clamp(min=1).to(values)
+        values, mask = torch.stack(losses, 1), torch.stack(trained, 1)
+        old = torch.stack(credited, 1).to(values)
+        count = mask.sum(1).clamp(min=1).to(values)
         difference = values[..., 0] - values[..., 1]
         noise = state["noise"] + eps if self.accumulate else eps
         a, b = (
-            (difference * old).sum(0) / count,
-            (difference * (1 - old)).sum(0) / count,
+            (difference * old).sum(1) / count,
+            (difference * (1 - old)).sum(1) / count,
         )
         per_pair = (a[:, None] * noise + b[:, None] * eps) / (2 * self.sigma**2)
-        found = Estimate(
-            per_pair.mean(0), per_pair, (values.sum(0) / count[:, None]).mean(), values,
-            mask,
-        )  # fmt: skip
-        return found, {
+        return Estimate(per_pair, values, mask.to(values.device)), {
             "params": params,
             "optimizer": inner,
             "noise": torch.where(done[:, None].to(eps.device), eps, noise),
@@ -216,6 +222,15 @@ def clipped(gradient: Tensor, bound: float) -> Tensor:
     return gradient.nan_to_num(0.0, 0.0, 0.0).clamp(-bound, bound)
 
 
+def rank_and_count() -> tuple[int, int]:
+    """Of this process among those that torchrun started; (0, 1) without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
 def generator(*key: Any) -> torch.Generator:
     """Return a generator whose numbers depend on all of ``key`` and nothing else."""
     word = hashlib.sha256(repr(key).encode()).digest()[:7]
@@ -236,6 +251,9 @@ class Evolution(MetaWork):
     (and there, too, where not finite) unless ``ceiling`` is None. STAR, section 5 and
     App. B, and its reference code; ``batch`` 128, ``iterations`` and pairs are ours.
 
+    Pairs are computed in vectorised groups of ``group`` (or all, if fewer). Under
+    ``torchrun`` the ranks take whole groups in turn: the result is that of one process.
+
     Validation, selection, patience and snapshots as in
     :class:`~l2olib.metatrain.truncated.MetaTraining`, over ``horizon`` steps and of the
     same cut-off losses; an iteration is there called a rollout.
@@ -255,14 +273,15 @@ class Evolution(MetaWork):
     validate_every: int = 100
     validation_seeds: int = 1
     patience: int | None = None
+    group: int = 4
 
     def __post_init__(self) -> None:
-        own = getattr(self.optimizer, "layout", self.optimizee.layout)
-        if list(own.shapes.items()) != list(self.optimizee.layout.shapes.items()):
+        if self.estimator.pairs % min(self.group, self.estimator.pairs):
             raise ValueError(
-                "the optimizer was built for another optimizee: give it the layout "
-                "of this one"
+                f"pairs must be whole groups of {self.group}, "
+                f"not {self.estimator.pairs}"
             )
+        self._check_layout()
 
     @property
     def rollouts(self) -> int:
@@ -339,13 +358,38 @@ class EvolutionJob(MetaJob):
             ]
         )  # fmt: skip
 
+    def estimate(
+        self, meta: Tensor, eps: Tensor, state: State, batches: Tensor
+    ) -> tuple[Estimate, State]:
+        """As :meth:`PES.estimate` of all pairs, group by group, on all ranks."""
+        e, size = (
+            self.config.estimator,
+            min(self.config.group, self.config.estimator.pairs),
+        )
+        rank, ranks = rank_and_count()
+        found = {}
+        for first in range(rank * size, e.pairs, ranks * size):
+            part = slice(first, first + size)
+
+            def begin(pair: int, episode: int, first: int = first) -> Any:
+                return self.begin(first + pair, episode)
+
+            own = tree_map(lambda x, part=part: x[part], state)
+            found[first] = e.estimate(
+                self.step, begin, meta, eps[part], own, batches[part]
+            )
+        if ranks > 1:
+            shared: list[Any] = [None] * ranks
+            dist.all_gather_object(shared, tree_map(Tensor.cpu, found))
+            found = {first: part for one in shared for first, part in one.items()}
+            found = tree_map(lambda x: x.to(self.device), found)
+        return tree_map(lambda *x: torch.cat(x), *(found[k] for k in sorted(found)))
+
     @torch.no_grad()
     def advance(self, state: State) -> State:
         c, done, meta = self.config, int(state["rollouts"]), state["meta"]
         eps = c.estimator.perturbations(meta, c.seed, done)
-        found, pairs = c.estimator.estimate(
-            self.step, self.begin, meta, eps, state["pairs"], self.batches(done)
-        )
+        found, pairs = self.estimate(meta, eps, state["pairs"], self.batches(done))
         gradient = clipped(found.gradient, c.clip)
         move, adam = self.outer.update({}, gradient, state["adam"], meta)
         training = state["training"].clone()

@@ -88,8 +88,19 @@ class MetaWork:
     """
 
     optimizer: Any
+    optimizee: Any
     seed: Any
     rollouts: Any
+
+    def _check_layout(self) -> None:
+        """Refuse an optimizer that was built for the tensors of another optimizee."""
+        there = self.optimizee.layout
+        built = getattr(self.optimizer, "layout", there)
+        if list(built.shapes.items()) != list(there.shapes.items()):
+            raise ValueError(
+                "the optimizer was built for another optimizee: give it the layout "
+                "of this one"
+            )
 
     @property
     def layout(self) -> Layout:
@@ -142,6 +153,7 @@ class MetaTraining(MetaWork):
                 f"rollout must be a multiple of truncation, not {self.rollout} "
                 f"and {self.truncation}"
             )
+        self._check_layout()
 
     @property
     def outer(self) -> Optimizer:
