@@ -418,6 +418,9 @@ def test_mistakes_are_named():
         MLPOptimizer(SMALL, heads=5)
     with pytest.raises(ValueError, match="no direction 'Adan'"):
         MLPOptimizer(SMALL, nominal_direction="Adan")
+    for other in (MLP((5, 2)), MLP((2, 5))):  # of 12 parameters and of 15
+        with pytest.raises(ValueError, match="built for another optimizee"):
+            Training(other, "toy", Alone(star(MLP((2, 4)).layout)), 50, (0,))
     with pytest.raises(ValueError, match="built for 52 parameters, not 7"):
         star(SMALL).init(torch.zeros(7))
     with pytest.raises(ValueError, match=r"hold must lie in \[0, 1\), not 1"):

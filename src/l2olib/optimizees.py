@@ -56,6 +56,20 @@ class Layout:
         return torch.cat([tensors[name].reshape(-1) for name in self.shapes])
 
 
+def check_built_for(optimizee: Any, optimizer: Any) -> None:
+    """Refuse an optimizer that holds the layout of an optimizee with other tensors.
+
+    That layout is no part of a configuration's identity, so nothing else would notice.
+    """
+    there = optimizee.layout
+    built = getattr(optimizer, "layout", there)
+    if list(built.shapes.items()) != list(there.shapes.items()):
+        raise ValueError(
+            "the optimizer was built for another optimizee: give it the layout of "
+            "this one"
+        )
+
+
 class Optimizee(Protocol):
     """A loss on a flat vector. Implementations are frozen dataclasses."""
 

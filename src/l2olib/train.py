@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import records
 from .data import DataError, load, train_indices, valid_indices
-from .optimizees import Task
+from .optimizees import Task, check_built_for
 from .optimizers import Meta, Optimizer, State
 
 RATE, OVERHEAD = 1.6e10, 6e-4
@@ -311,6 +311,8 @@ class Training:
                 f"the segment must be a multiple of the decision interval, "
                 f"{self.method.interval}, not {self.segment}"
             )
+        for optimizer in self.method.optimizers.values():
+            check_built_for(self.optimizee, optimizer)
         groups = {seed // self.replicas for seed in self.seeds}
         if len(groups) != 1 or min(self.seeds) < 0:
             raise ValueError(

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -254,7 +254,7 @@ class MLPOptimizer:
             raise ValueError(
                 f"these settings need {needed} to 4 heads, not {self.heads}"
             )
-        if self.nominal_direction not in Direction.__args__:  # type: ignore[attr-defined]
+        if self.nominal_direction not in get_args(Direction):
             raise ValueError(f"there is no direction {self.nominal_direction!r}")
         tensors = at_least_vectors(self.layout)
         object.__setattr__(self, "tensors", tensors)

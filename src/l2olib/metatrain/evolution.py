@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..data import train_indices
+from ..optimizees import check_built_for
 from ..optimizers import AdamW, Optimizer, State, constant
 from ..train import OVERHEAD, RATE, compiled, inner_steps
 from .truncated import TRAINING, MetaJob, MetaWork
@@ -281,7 +282,7 @@ class Evolution(MetaWork):
                 f"pairs must be whole groups of {self.group}, "
                 f"not {self.estimator.pairs}"
             )
-        self._check_layout()
+        check_built_for(self.optimizee, self.optimizer)
 
     @property
     def rollouts(self) -> int:

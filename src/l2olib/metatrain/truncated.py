@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data import load, train_indices
-from ..optimizees import Layout, Task
+from ..optimizees import Layout, Task, check_built_for
 from ..optimizers import Adam, Meta, Optimizer, State, constant
 from ..train import OVERHEAD, RATE, compiled
 
@@ -88,19 +88,8 @@ class MetaWork:
     """
 
     optimizer: Any
-    optimizee: Any
     seed: Any
     rollouts: Any
-
-    def _check_layout(self) -> None:
-        """Refuse an optimizer that was built for the tensors of another optimizee."""
-        there = self.optimizee.layout
-        built = getattr(self.optimizer, "layout", there)
-        if list(built.shapes.items()) != list(there.shapes.items()):
-            raise ValueError(
-                "the optimizer was built for another optimizee: give it the layout "
-                "of this one"
-            )
 
     @property
     def layout(self) -> Layout:
@@ -153,7 +142,7 @@ class MetaTraining(MetaWork):
                 f"rollout must be a multiple of truncation, not {self.rollout} "
                 f"and {self.truncation}"
             )
-        self._check_layout()
+        check_built_for(self.optimizee, self.optimizer)
 
     @property
     def outer(self) -> Optimizer:
