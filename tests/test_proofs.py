@@ -175,6 +175,17 @@ def test_words_beside_a_check_are_not_part_of_it(words: str, shown: str) -> None
     assert shown in step._repr_markdown_()
 
 
+def test_a_wide_formula_is_broken_at_its_terms() -> None:
+    """First before the relation, then between terms, never losing one."""
+    narrow = theorem().identity("t", "t", eq((x + y) ** 2, x**2 + 2 * x * y + y**2))
+    assert "aligned" not in narrow._repr_markdown_()
+    terms = [(x + i) ** 2 for i in range(1, 12)]
+    wide = theorem().identity("t", "t", eq(added(*terms), sp.expand(sum(terms))))
+    shown = wide._repr_markdown_()
+    assert shown.count(r"\\") == 2 and r"& = 11 x^{2}" in shown
+    assert all(f"x + {i}" in shown for i in range(1, 12))
+
+
 def test_proof_shows_each_step_once() -> None:
     t = theorem()
     t.prose("One", "First.")

@@ -52,6 +52,17 @@ VERDICTS = (HOLDS, CORRECTED, FALSE, NEW)
 PAPERS = ("LGL2O", "GL2O", "Meta Guard", "STAR", "Training techniques", "this book")
 
 
+FORMULA_WIDTH = 56  # characters of a displayed formula in one line
+_SIGNS = {
+    "==": "=",
+    "!=": r"\ne",
+    "<": "<",
+    "<=": r"\le",
+    ">": ">",
+    ">=": r"\ge",
+}
+
+
 class ProofError(AssertionError):
     """A statement was not proved by its certificate."""
 
@@ -101,6 +112,46 @@ def _excess(statement: Relational) -> sp.Expr:
 
 def _tex(expression: object) -> str:
     return sp.latex(expression, mul_symbol=None, fold_short_frac=False)
+
+
+def _width(tex: str) -> int:
+    """Return about how many characters wide a formula is when it is typeset."""
+    text = re.sub(r"\\(?!frac)(?:left|right|begin|end|[a-z]*space)\b", "", tex)
+    text = re.sub(r"\{\[?[bp]?matrix\}\]?", "", text)
+    text = re.sub(r"\\(?!frac)[a-zA-Z]+|\\[^a-zA-Z]", "x", text.replace(" ", ""))
+    while (plain := re.sub(r"(?<![}c])\{([^{}]*)\}(?!\{)", r"\1", text)) != text or (
+        plain := re.sub(
+            r"\\frac\{([^{}]*)\}\{([^{}]*)\}", lambda m: max(m[1], m[2], key=len), text
+        )
+    ) != text:
+        text = plain
+    return len(text)
+
+
+def _lines(side: sp.Basic, before: str = "") -> list[str]:
+    """Return a side of a relation as lines that fit the page, broken at its terms."""
+    if not isinstance(side, sp.Add) or _width(_tex(side)) <= FORMULA_WIDTH:
+        return [before + _tex(side)]
+    lines = [before]
+    for place, term in enumerate(side.as_ordered_terms()):
+        text = f"({_tex(term)})" if isinstance(term, sp.Add) else _tex(term)
+        if place and not text.startswith("-"):
+            text = f"+ {text}"
+        if place and _width(lines[-1] + text) > FORMULA_WIDTH:
+            lines.append("\\quad ")
+        lines[-1] += f" {text}"
+    return lines
+
+
+def _formula(statement: sp.Basic) -> str:
+    """Return the displayed formula; one that is too wide is broken into lines."""
+    tex = _tex(statement)
+    if _width(tex) <= FORMULA_WIDTH or not isinstance(statement, Relational):
+        return tex
+    sign = _SIGNS[statement.rel_op]
+    lines = [*_lines(statement.lhs), *_lines(statement.rhs, f"{sign} ")]
+    rows = " \\\\\n& ".join(lines)
+    return f"\\begin{{aligned}}\n& {rows}\n\\end{{aligned}}"
 
 
 # --- deciding zero and sign ----------------------------------------------------------
@@ -511,8 +562,8 @@ class Step:
         if self.kind == "measured":
             return f"**{self.name}.** {self.text} *(Measured, not proved)*{tag}"
         mark = "Counterexample checked" if self.kind == "counterexample" else "Checked"
-        formula = f"\n\n$$\n{_tex(self.statement)}\n$$\n\n"
-        assert self.certificate is not None
+        assert self.certificate is not None and self.statement is not None
+        formula = f"\n\n$$\n{_formula(self.statement)}\n$$\n\n"
         check = f"✓ *{mark}:* {self.certificate.how()}.{tag}"
         before = after = f" {_words(self.text)}" if self.text else ""
         if self.text.startswith(_CONSEQUENCES):
