@@ -40,7 +40,7 @@ def repeatable() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     # Nothing here reads memory before it writes it: filling it costs 7% of a run.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
 
 
 class Job(Protocol):
