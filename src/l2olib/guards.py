@@ -592,8 +592,9 @@ class GL2O:
         sequence = select(first, start, state["sequence"])
         bar = sequence["bar"]
         use = finite(y) & residual.isfinite() & (residual < self.alpha * bar)
-        kept = hidden if self.proposal_state == "carry" else state["proposal"]
-        after = select(use, hidden, kept)
+        after = hidden
+        if self.proposal_state == "revert":
+            after = select(use, hidden, state["proposal"])
         return {
             "params": torch.where(use, y, z),
             "sequence": select(use, self.sequence.accept(sequence, residual), sequence),
