@@ -251,6 +251,70 @@ def test_exact_gradient_is_the_mean_meta_gradient(star):
     assert abs(slopes.mean() - exact) < 4 * slopes.std() / replicas**0.5
 
 
+def sampled_meta_gradients(problem, blackbox, nominal, replicas, steps, seed):
+    """Derivatives in P [replicas, n, n] of runs from phi_0 ~ N(0, 10 I)."""
+    generator = torch.Generator().manual_seed(seed)
+    n = problem.size
+    first = 10**0.5 * torch.randn(replicas, n, generator=generator, dtype=F64)
+    minima = torch.randn(steps + 1, replicas, n, generator=generator, dtype=F64)
+
+    def loss(p, first, minima):
+        path = problem.simulate(problem.dynamics(p, nominal), first, minima[:-1])
+        return problem.loss(path[1:], minima[1:]).mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 1))
+    return each(blackbox, first, minima)
+
+
+@pytest.mark.parametrize("nominal", [0.1, 1.0])
+def test_moments_of_the_meta_gradient_are_those_of_samples(star, nominal):
+    """Every entry of P: mean and variance within 5 standard errors of 40,000 runs."""
+    blackbox, start = matrix([0.3, -0.2], [0.1, 0.4]), 10 * torch.eye(2, dtype=F64)
+    for steps in (1, 6):
+        found = sampled_meta_gradients(star, blackbox, nominal, 40_000, steps, steps)
+        mean, variance = star.meta_gradient_moments(blackbox, nominal, start, steps)
+        squares = (found - mean[-1]).square()
+        for sample, exact in ((found, mean[-1]), (squares, variance[-1])):
+            error = (sample.mean(0) - exact).abs()
+            assert (error < 5 * sample.std(0) / 200).all()
+            assert (sample.std(0) / 200 < 0.05 * exact.abs().max()).all()
+
+
+def test_mean_meta_gradient_is_the_derivative_of_the_expected_loss(star):
+    start = 10 * torch.eye(2, dtype=F64)
+    blackbox = matrix([0.3, -0.2], [0.1, 0.4])
+    for steps in (1, 2, 13):
+        exact = torch.func.grad(
+            lambda p, steps=steps: star.step_losses(
+                star.dynamics(p, 0.1), start, steps
+            ).mean()
+        )(blackbox)
+        mean, _ = star.meta_gradient_moments(blackbox, 0.1, start, steps)
+        torch.testing.assert_close(mean[-1], exact)
+
+
+def test_moments_in_one_dimension_by_hand():
+    """h = alpha = 1, P = 0, T = 1: phi_1 = xi_0, g = -(xi_0 - xi_1)(phi_0 - xi_0)."""
+    problem = NoisyQuadratic(torch.eye(1), torch.eye(1))
+    mean, variance = problem.meta_gradient_moments(
+        torch.zeros(1, 1, dtype=F64), 1.0, 4 * torch.eye(1, dtype=F64), 1
+    )
+    # E xy = Cov(xi_0, -xi_0) -> mean 1; Var xy = Var x Var y + (E xy)^2 = 2 * 5 + 1
+    assert mean.item() == pytest.approx(1.0)
+    assert variance.item() == pytest.approx(11.0)
+
+
+def test_moments_take_batches_of_optimizers(star):
+    start = 10 * torch.eye(2, dtype=F64)
+    nominal = torch.tensor([0.0, 0.5, 1.5], dtype=F64)
+    blackbox = matrix([0.3, -0.2], [0.1, 0.4])
+    mean, variance = star.meta_gradient_moments(blackbox, nominal, start, 4)
+    assert mean.shape == variance.shape == (4, 3, 2, 2)
+    for k, alpha in enumerate(nominal.tolist()):
+        one = star.meta_gradient_moments(blackbox, alpha, start, 4)
+        torch.testing.assert_close((mean[:, k], variance[:, k]), one)
+
+
 def test_lyapunov_solution_has_no_residual_and_no_transposed_twin():
     problem, generator = random_problem(4, 7)
     dynamics = 0.4 * torch.randn(3, 4, 4, generator=generator, dtype=F64)

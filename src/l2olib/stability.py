@@ -184,6 +184,67 @@ class NoisyQuadratic:
         memory = torch.einsum("...ij,...ji->...", transient, start - stationary)
         return self._half_trace(self.noise + stationary) + 0.5 * memory / steps
 
+    def meta_gradient_moments(
+        self,
+        blackbox: Tensor,
+        nominal: Tensor | float,
+        start: Tensor,
+        steps: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and variance [steps, ..., n, n] of the meta-gradient, exactly.
+
+        That is, of the derivative with respect to P [..., n, n] of the mean loss of ONE
+        run, (1/T) sum_{t=1..T} l_t(phi_t), for T = 1..steps. The minima xi_t and
+        phi_0, of second moment `start` [..., n, n], are Gaussian of mean zero.
+
+        The state and its derivative with respect to one entry of P, s = (phi, psi),
+        are linear in what is random, and a step adds g = (phi - xi)' H psi = w'Qw with
+        w = (s, xi) Gaussian. With C = Cov w, G the sum so far and D = Cov(G, ww')::
+
+            E G + tr QC,   Var G + 2 tr QD + 2 tr QCQC,   D + 2 CQC
+
+        are the moments with one more step, and w becomes B w plus fresh noise.
+        """
+        n, zero = self.size, torch.zeros_like(self.hessian)
+        blackbox = blackbox + zero
+        dynamics = self.dynamics(blackbox, nominal)
+        gap = torch.eye(n, dtype=torch.float64) - dynamics
+        # one system for each entry (i, j) of P: d psi = -e_i (H (phi - xi))_j
+        entries = torch.eye(n * n, dtype=torch.float64).unflatten(0, (n, n))
+        kick = entries.unflatten(-1, (n, n)) @ self.hessian
+        batch = (*dynamics.shape[:-2], n, n)
+
+        def blocks(*rows: Sequence[Tensor]) -> Tensor:
+            return torch.cat(
+                [
+                    torch.cat([x.expand(*batch, n, n) for x in row], dim=-1)
+                    for row in rows
+                ],
+                dim=-2,
+            )
+
+        a, b = (x[..., None, None, :, :] for x in (dynamics, gap))
+        move = blocks([a, zero, b], [-kick, a, kick], [zero] * 3)
+        half = self.hessian / 2
+        form = blocks([zero, half, zero], [half, zero, -half], [zero, -half, zero])
+        fresh = blocks([zero] * 3, [zero] * 3, [zero, zero, self.noise])
+        first = start[..., None, None, :, :]
+        cov = blocks([first, zero, zero], [zero] * 3, [zero] * 3) + fresh
+        memory = torch.zeros_like(cov)
+        mean, variance = torch.zeros(2, *batch, dtype=torch.float64)
+        means, variances = [], []
+        for t in range(1, steps + 1):
+            cov = move @ cov @ move.mT + fresh
+            memory = move @ memory @ move.mT
+            seen = form @ cov
+            mean = mean + torch.einsum("...ii->...", seen)
+            both = form @ (memory + cov @ seen)
+            variance = variance + 2 * torch.einsum("...ii->...", both)
+            memory = memory + 2 * cov @ seen
+            means.append(mean / t)
+            variances.append(variance / t**2)
+        return torch.stack(means), torch.stack(variances)
+
     def limit_loss(self, dynamics: Tensor) -> Tensor:
         """Return the limit of L(T) as T grows [...]: (1/2) tr H (Sigma + S).
 
