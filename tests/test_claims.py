@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import random_numbers
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, spearmanr
 
 from l2olib import claims
 from l2olib.claims import (
@@ -16,16 +16,22 @@ from l2olib.claims import (
     Claim,
     Diverges,
     FewerHyperparameters,
+    GoesWith,
+    Inside,
     Later,
     Learns,
+    Less,
     Lower,
     MoreSwitching,
+    NearOptimum,
     Noisier,
     NotTestable,
     NotWorse,
+    Quieter,
     RisesFirst,
     Stuck,
     Switching,
+    TimesSlower,
     divergence,
     holm,
     judge,
@@ -340,6 +346,114 @@ def test_costs_and_hyperparameters():
 # ---- verdicts ------------------------------------------------------------------------
 
 
+def test_less_and_inside():
+    a = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])
+    curves = {"A": {"radius": a}, "B": {"radius": a + 0.3}, "C": {"radius": a * 1.2}}
+    assert Less("f", "A", "B", "radius")(curves).passed
+    assert not Less("f", "B", "A", "radius")(curves).passed
+    assert not Less("f", "A", "A", "radius")(curves).passed
+    assert Inside("f", "A")(curves).passed
+    assert not Inside("f", "B")(curves).passed  # one of five, two inside
+    assert Inside("f", "C")(curves).passed  # four of five
+    assert not Inside("f", "A", expected=False)(curves).passed
+    assert Inside("f", "B", expected=False)({"B": {"radius": a + 0.5}}).passed
+    with pytest.raises(NotTestable, match="4 seeds are fewer"):
+        Inside("f", "A")({"A": {"radius": a[:4]}})
+
+
+def bowl(low: float, horizons=(1, 10, 100), batches: int = 8, noise: float = 0.1):
+    """A variance of 1 at both ends and `low` in between, at five alphas."""
+    shape = torch.tensor([1.0, low, low, low, 1.0]).expand(len(horizons), 5)
+    spread = 1 + noise * random_numbers(0, batches, len(horizons), 1)
+    return {
+        "alphas": torch.linspace(0, 1, 5),
+        "horizons": torch.tensor(horizons),
+        "deviation": shape * spread,
+    }
+
+
+def test_quieter():
+    inner, all_horizons = (0.0, 1.0), (1, 100)
+    low = Quieter("f", "A", inner, all_horizons)({"A": bowl(0.5)})
+    assert low.passed and low.measured.startswith("at least 2 times lower")
+    assert not Quieter("f", "A", inner, all_horizons)({"A": bowl(2.0)}).passed
+    assert Quieter("f", "A", inner, (10, 100), by=10.0)({"A": bowl(0.05)}).passed
+    assert not Quieter("f", "A", inner, (10, 100), by=30.0)({"A": bowl(0.05)}).passed
+    # One alpha, horizon or end that is too high is enough to fail.
+    for place in ((slice(None), 1, 3), (slice(None), 2, 0)):
+        spoiled = bowl(0.5)
+        spoiled["deviation"] = spoiled["deviation"].clone()
+        spoiled["deviation"][place] = 3.0 if place[2] else 0.2
+        found = Quieter("f", "A", inner, all_horizons)({"A": spoiled})
+        assert not found.passed
+        assert f"not shown at horizon {spoiled['horizons'][place[1]]}" in found.measured
+    # ... unless it is not asked about.
+    spoiled = bowl(0.5)
+    spoiled["deviation"][:, 1, 3] = 3.0
+    assert Quieter("f", "A", (0.2, 0.6), all_horizons)({"A": spoiled}).passed
+    assert Quieter("f", "A", inner, (100, 100))({"A": spoiled}).passed
+    with pytest.raises(NotTestable, match="end at horizon 100"):
+        Quieter("f", "A", inner, (1, 1_000))({"A": bowl(0.5)})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rank_correlation_equals_scipy(seed):
+    x = random_numbers(seed, 40)
+    y = x + random_numbers(seed + 10, 40)
+    expected = spearmanr(x.numpy(), y.numpy()).statistic
+    assert claims.rank_correlation(x, y).item() == pytest.approx(expected, rel=1e-12)
+    more = torch.cat([x, torch.tensor([100.0])])
+    gap = torch.cat([y, torch.tensor([math.nan])])
+    assert claims.rank_correlation(more, gap).item() == pytest.approx(expected)
+
+
+def test_goes_with():
+    steps = torch.arange(1, 41)
+    x = random_numbers(0, 6, 40)
+    curves = {
+        name: {"steps": steps, "radius": x + k, "up": (x + k).exp(), "down": -x - k}
+        for k, name in enumerate("AB")
+    }
+    window = (0, 40)
+    assert GoesWith("f", ("A", "B"), "up", window)(curves).passed
+    assert not GoesWith("f", ("A", "B"), "down", window)(curves).passed
+    unrelated = curves["A"] | {"up": random_numbers(1, 6, 40)}
+    assert not GoesWith("f", ("A",), "up", window)({"A": unrelated}).passed
+    # Only the window counts: outside it everything may be reversed.
+    mixed = curves["A"] | {"up": torch.where(steps <= 20, x, -x)}
+    assert GoesWith("f", ("A",), "up", (0, 20))({"A": mixed}).passed
+    assert not GoesWith("f", ("A",), "up", (20, 40))({"A": mixed}).passed
+    with pytest.raises(NotTestable, match="end at iteration 40"):
+        GoesWith("f", ("A",), "up", (0, 50))(curves)
+
+
+def descent(first: int, seeds: int = 5, last: int = 10_000):
+    """An exact meta-loss that comes within 5% of the optimum 2 at iteration `first`."""
+    steps = torch.tensor([0, 10, 100, 500, 2_000, last])
+    exact = torch.where(steps >= first, 2.09, 3.0).expand(seeds, -1)
+    return {"steps": steps, "exact": exact, "optimum": torch.tensor([2.0])}
+
+
+def test_near_optimum_and_times_slower():
+    never = 10**9
+    curves = {"A": descent(100), "B": descent(500), "C": descent(never)}
+    assert NearOptimum("f", ("A", "B"), 100)(curves).passed
+    assert not NearOptimum("f", ("B", "C"), 100)(curves).passed
+    assert NearOptimum("f", ("B", "C"), 500)(curves).passed
+    assert not NearOptimum("f", ("C",), 10_000)(curves).passed
+    assert not NearOptimum("f", ("A",), 500, bar=1.04)(curves).passed
+    with pytest.raises(NotTestable, match="before iteration 20,000"):
+        NearOptimum("f", ("A",), 20_000)(curves)
+    assert TimesSlower("f", ("A", "B"), 5.0)(curves).passed
+    assert not TimesSlower("f", ("A", "B"), 6.0)(curves).passed
+    # Never within the records is enough where these are long enough to say so.
+    assert TimesSlower("f", ("A", "B", "C"), 100.0)(curves).passed
+    with pytest.raises(NotTestable, match="C has not arrived"):
+        TimesSlower("f", ("A", "B", "C"), 200.0)(curves)
+    with pytest.raises(NotTestable, match="4 seeds are fewer"):
+        NearOptimum("f", ("A",), 100)({"A": descent(100, seeds=4)})
+
+
 def claim(*tests, name="X1") -> Claim:
     return Claim(name, "chapter", "source", "statement", tests)
 
@@ -453,6 +567,7 @@ def test_the_ledger_holds_the_claims_of_these_figures():
     ids = [c.id for c in LEDGER]
     assert len(ids) == len(set(ids))
     assert {"B1", "B2", "B3", *(f"B{k}" for k in range(12, 17))} <= set(ids)
+    assert {f"S{k}" for k in range(1, 5)} <= set(ids)
     for one in LEDGER:
         assert one.tests, one.id
         assert all(str(test) and "<" not in str(test) for test in one.tests)

@@ -501,6 +501,231 @@ class FewerHyperparameters:
         return f"{self.method} has fewer hyperparameters than {self.reference}"
 
 
+@dataclass(frozen=True)
+class Less:
+    """``method`` has a lower ``quantity`` than ``reference``, one value a seed.
+
+    Paired by seed, exact one-sided sign-flip test.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    quantity: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (
+            _method(curves, name)[self.quantity].double()
+            for name in (self.method, self.reference)
+        )
+        _enough(len(a))
+        p = sign_flip(a - b)
+        text = f"{a.mean():.3g} against {b.mean():.3g}, p = {p:.2g}, {len(a)} seeds"
+        return Outcome(p < ALPHA, p, text, detectable(a - b))
+
+    def __str__(self) -> str:
+        return f"{self.quantity} of {self.method} below that of {self.reference}"
+
+
+@dataclass(frozen=True)
+class Inside:
+    """All eigenvalues of ``method`` are inside the unit circle (or not) in at least
+    four fifths of the seeds."""
+
+    experiment: str
+    method: str
+    expected: bool = True
+
+    def __call__(self, curves: Curves) -> Outcome:
+        radius = _method(curves, self.method)["radius"].double()
+        _enough(len(radius))
+        share = (radius < 1).double().mean().item()
+        passed = share >= 0.8 if self.expected else share <= 0.2
+        text = f"{share:.0%} of {len(radius)} seeds inside, radius {radius.mean():.3g}"
+        return Outcome(passed, None, f"{text} on average")
+
+    def __str__(self) -> str:
+        verb = "are" if self.expected else "are not all"
+        return f"eigenvalues with {self.method} {verb} inside the unit circle"
+
+
+@dataclass(frozen=True)
+class Quieter:
+    """The meta-gradient varies less for alpha inside the stable interval than at both
+    of its ends, by a factor of more than ``by``, at every horizon of a range.
+
+    Trace of the variance over seeds. Inside are the recorded alphas with ``inside[0] <
+    alpha lambda_max / 2 < inside[1]``; the one of largest variance counts. One-sided
+    sign-flip test over batches of seeds, which are the same at every alpha; its p-value
+    is the largest of all horizons and ends.
+    """
+
+    experiment: str
+    method: str
+    inside: tuple[float, float]
+    horizons: Window
+    by: float = 1.0
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        alphas, at = arrays["alphas"], arrays["horizons"]
+        if int(at[-1]) < self.horizons[1]:
+            raise NotTestable(f"the records end at horizon {int(at[-1])}")
+        wanted = (at >= self.horizons[0]) & (at <= self.horizons[1])
+        values = arrays["deviation"].double()[:, wanted]
+        _enough(len(values))
+        chosen = (alphas > self.inside[0]) & (alphas < self.inside[1])
+        within, rows = values[..., chosen], torch.arange(values.shape[1])
+        worst = within[:, rows, within.mean(0).argmax(1)]
+        p, failed, least = 0.0, set(), math.inf
+        for end in (values[..., 0], values[..., -1]):
+            for row in rows.tolist():
+                here = sign_flip(self.by * worst[:, row] - end[:, row])
+                p = max(p, here)
+                least = min(least, float(end[:, row].mean() / worst[:, row].mean()))
+                if here >= ALPHA:
+                    failed.add(int(at[wanted][row]))
+        text = f"at least {least:.3g} times lower" if least >= 1 else (
+            f"at worst {1 / least:.3g} times higher")  # fmt: skip
+        if failed:
+            text += f", not shown at horizon {', '.join(map(str, sorted(failed)))}"
+        return Outcome(p < ALPHA, p, f"{text}, p = {p:.2g}")
+
+    def __str__(self) -> str:
+        lead = f" more than {self.by:g} times" if self.by > 1 else ""
+        low, high = self.inside
+        return (
+            f"{self.method}: variance for alpha in ({low:g}, {high:g}) of the edge"
+            f"{lead} lower than at both ends, horizons {_range(self.horizons)}"
+        )
+
+
+@dataclass(frozen=True)
+class GoesWith:
+    """``quantity`` is high where the spectral radius of A is, along meta-trainings.
+
+    Spearman's rank correlation over the recorded iterations of a window of all
+    ``methods`` together, one for each seed. Its mean is above ``least``, one-sided
+    sign-flip test over seeds.
+    """
+
+    experiment: str
+    methods: tuple[str, ...]
+    quantity: str
+    window: Window
+    least: float = 0.5
+
+    def __call__(self, curves: Curves) -> Outcome:
+        xs, ys = [], []
+        for name in self.methods:
+            arrays = _method(curves, name)
+            steps = arrays["steps"]
+            if int(steps[-1]) < self.window[1]:
+                raise NotTestable(f"the records end at iteration {int(steps[-1])}")
+            now = (steps > self.window[0]) & (steps <= self.window[1])
+            xs.append(arrays["radius"].double()[:, now])
+            ys.append(arrays[self.quantity].double()[:, now])
+        x, y = torch.cat(xs, 1), torch.cat(ys, 1)
+        _enough(len(x))
+        found = torch.stack([rank_correlation(a, b) for a, b in zip(x, y, strict=True)])
+        p = sign_flip(self.least - found)
+        text = f"rank correlation {found.mean():.3g}, p = {p:.2g}, {len(x)} seeds"
+        return Outcome(p < ALPHA, p, text, detectable(found))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.quantity} goes with the spectral radius (rank correlation above "
+            f"{self.least:g}), iterations {_range(self.window)}"
+        )
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's correlation of two samples [n] without ties; NaN is no value."""
+    both = torch.stack([x, y])[:, x.isfinite() & y.isfinite()]
+    return torch.corrcoef(both.argsort(1).argsort(1).double())[0, 1]
+
+
+def first_near(arrays: Arrays, bar: float) -> Tensor:
+    """First recorded iteration [R] whose exact meta-loss is at most ``bar`` times the
+    lowest possible one; infinite if there is none."""
+    near = arrays["exact"] <= bar * arrays["optimum"][0]
+    first = arrays["steps"][near.int().argmax(1)].double()
+    return torch.where(near.any(1), first, torch.inf)
+
+
+@dataclass(frozen=True)
+class NearOptimum:
+    """The quickest of ``methods`` comes near the optimum within ``iterations``.
+
+    Near: an exact meta-loss of at most ``bar`` times the lowest possible. In at least
+    four fifths of the seeds; the quickest is the one of smallest median.
+    """
+
+    experiment: str
+    methods: tuple[str, ...]
+    iterations: int
+    bar: float = 1.05
+
+    def __call__(self, curves: Curves) -> Outcome:
+        found = _firsts(curves, self.methods, self.bar)
+        name = min(found, key=lambda n: found[n].median().item())
+        if int(_method(curves, name)["steps"][-1]) < self.iterations:
+            raise NotTestable(f"the records end before iteration {self.iterations:,}")
+        share = (found[name] <= self.iterations).double().mean().item()
+        median = found[name].median().item()
+        text = f"{name}: median {median:,.0f} iterations, {share:.0%} of "
+        return Outcome(share >= 0.8, None, f"{text}{len(found[name])} seeds in time")
+
+    def __str__(self) -> str:
+        return (
+            f"the best alpha is within {self.bar - 1:.0%} of the optimum after "
+            f"{self.iterations:,} iterations"
+        )
+
+
+@dataclass(frozen=True)
+class TimesSlower:
+    """The slowest of ``methods`` takes at least ``factor`` times the quickest's median
+    number of iterations to come near the optimum, or does not within the records,
+    which must be that long."""
+
+    experiment: str
+    methods: tuple[str, ...]
+    factor: float
+    bar: float = 1.05
+
+    def __call__(self, curves: Curves) -> Outcome:
+        medians = {
+            name: first.median().item()
+            for name, first in _firsts(curves, self.methods, self.bar).items()
+        }
+        quick, slow = min(medians.values()), max(medians.values())
+        name = max(medians, key=lambda n: medians[n])
+        last = int(_method(curves, name)["steps"][-1])
+        if math.isinf(slow):
+            if last < self.factor * quick:
+                raise NotTestable(
+                    f"{name} has not arrived, but the records end at iteration "
+                    f"{last:,}, before {self.factor:g} times the quickest"
+                )
+            return Outcome(True, None, f"{name}: not in {last:,} iterations")
+        text = f"{name}: {slow:,.0f} against {quick:,.0f} iterations"
+        return Outcome(slow >= self.factor * quick, None, f"{text}, median")
+
+    def __str__(self) -> str:
+        return (
+            f"the worst alpha takes at least {self.factor:g} times as many iterations "
+            f"to {self.bar - 1:.0%} of the optimum as the best"
+        )
+
+
+def _firsts(curves: Curves, methods: Iterable[str], bar: float) -> dict[str, Tensor]:
+    found = {name: first_near(_method(curves, name), bar) for name in methods}
+    for first in found.values():
+        _enough(len(first))
+    return found
+
+
 def _range(window: Window) -> str:
     return f"{window[0]:,}–{window[1]:,}"
 
@@ -642,6 +867,7 @@ _FAR = "02b-out-of-distribution"
 _LEARN = "01-learning-to-optimize"
 _RESIDUAL = "04-gradient-guard"
 _NOISE = "05-noisy-criterion"
+_DESIGN = "09-stability-by-design"
 _ZETA = "lgl2o-lstm-0"
 _EARLY, _MIDDLE, _LATE, _LONG = (
     (0, 100),
@@ -663,6 +889,8 @@ def _both_parts(
 
 _FIG3, _FIG4, _FIG5 = "lgl2o.fig3", "lgl2o.fig4", "lgl2o.fig5"
 _ABLATIONS = "lgl2o.ablations"
+_FIG1, _FIG2A, _FIG2C = "star.fig1", "star.fig2a", "star.fig2c"
+_ALPHAS = tuple(f"alpha={share:g}" for share in (0, 0.1, 0.2, 0.3, 0.4))
 _FIG6, _FIG7, _FIG9 = "lgl2o.fig6", "lgl2o.fig7", "lgl2o.fig9"
 
 
@@ -998,6 +1226,56 @@ LEDGER: tuple[Claim, ...] = (
             Cheaper(_FIG3, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
             Cheaper(_FIG4, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
             Cheaper(_FIG6, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
+        ),
+    ),
+    Claim(
+        "S1",
+        _DESIGN,
+        "STAR Fig. 2a",
+        "For alpha inside (0, 2/lambda_max) the trace of the meta-gradient's variance "
+        "is lower at every horizon, dramatically so at long ones",
+        (
+            Quieter(_FIG2A, "exact", (0.0, 1.0), (1, 1_000)),
+            Quieter(_FIG2A, "exact", (0.25, 0.75), (1, 1_000)),
+            Quieter(_FIG2A, "exact", (0.25, 0.75), (100, 1_000), by=100.0),
+            Quieter(_FIG2A, "ES", (0.25, 0.75), (1, 1_000)),
+        ),
+    ),
+    Claim(
+        "S2",
+        _DESIGN,
+        "STAR Fig. 2b",
+        "Lower variance goes with smaller eigenvalues of A during meta-training",
+        (
+            GoesWith(_FIG2C, _ALPHAS, "variance", (0, 1_000)),
+            GoesWith(_FIG2C, _ALPHAS, "single", (0, 1_000)),
+        ),
+    ),
+    Claim(
+        "S3",
+        _DESIGN,
+        "STAR Fig. 2c",
+        "With a good alpha meta-training is near-optimal in under 1,000 iterations; "
+        "with a bad one it takes about 100 times as many, or never gets there",
+        (
+            NearOptimum(_FIG2C, _ALPHAS, 1_000),
+            TimesSlower(_FIG2C, _ALPHAS, 50.0),
+        ),
+    ),
+    Claim(
+        "S4",
+        _DESIGN,
+        "STAR Fig. 1",
+        "Nominal term, weight decay and preconditioner move the eigenvalues of A: to "
+        "the left, together, and to one scale; with all three they are inside the "
+        "unit circle",
+        (
+            Inside(_FIG1, "blackbox", expected=False),
+            Less(_FIG1, "nominal", "blackbox", "real"),
+            Less(_FIG1, "decay", "blackbox", "reach"),
+            Less(_FIG1, "preconditioner", "blackbox", "unevenness"),
+            Less(_FIG1, "all", "blackbox", "radius"),
+            Inside(_FIG1, "all"),
         ),
     ),
 )

@@ -23,7 +23,13 @@ from . import claims, records
 from .data import find_root, load
 from .guards import GL2O, LGL2O, Lazy, Margin, Memory, Sequential, Switch
 from .learned.lstm import LSTMOptimizer
-from .metatrain.truncated import LearningCurve, MetaTraining
+from .metatrain.quadratic import (
+    GradientVariance,
+    QuadraticMetaTraining,
+    Spectrum,
+    literal_shares,
+)
+from .metatrain.truncated import LearningCurve, MetaTraining, MetaWork
 from .optimizees import MLP, conv3, conv5
 from .optimizers import SGD, Adam, PowerDecay, constant
 from .records import Record, RecordError
@@ -58,7 +64,7 @@ class Run:
     def path(self) -> Path:
         """Where the record lies: meta-trained weights have a folder of their own."""
         data = find_root() / "data"
-        if isinstance(self.work, MetaTraining) and self.profile != "smoke":
+        if isinstance(self.work, MetaWork) and self.profile != "smoke":
             return data / "optimizers" / f"{self.name}.safetensors"
         return (
             data
@@ -653,6 +659,89 @@ def _details(profile: str) -> Iterable[tuple[str, Any]]:
     return trainings(methods, L2O, **setting)
 
 
+# ---- STAR: the noisy quadratic -------------------------------------------------------
+
+INTERVENTIONS: dict[str, dict[str, Any]] = {
+    "blackbox": {},
+    "nominal": {"nominal": 0.2},
+    "decay": {"decay": 0.6},
+    "preconditioner": {"preconditioning": 0.5},
+    "all": {"nominal": 0.2, "decay": 0.6, "preconditioning": 0.5},
+}
+"""What STAR's Fig. 1 adds to the blackbox term; the paper gives no numbers."""
+
+
+def _star_fig1(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    chosen = tuple(range(seeds or (5 if profile == "smoke" else 25)))
+    for name, setting in INTERVENTIONS.items():
+        yield f"{name}/0", Spectrum(chosen, **setting)
+
+
+HORIZONS = (
+    1, 2, 3, 4, 5, 10, 25, 50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 800, 900,
+    1_000,
+)  # fmt: skip
+
+
+def _star_fig2a(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    smoke = profile == "smoke"
+    chosen = tuple(range(seeds or (50 if smoke else 500)))
+    horizons = HORIZONS[:8] if smoke else HORIZONS
+    points = 11 if smoke else 50
+    yield "exact/0", GradientVariance(chosen, "exact", points, horizons)
+    yield "ES/0", GradientVariance(chosen, "es", points, horizons)
+
+
+STAR_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
+"""What the caption of STAR's Fig. 2 calls 2 alpha / lambda_max, read as the share
+alpha lambda_max / 2 of the largest stable step (dossier, entry 35)."""
+
+
+def _star_fig2c(
+    profile: str, seeds: int | None = None, iterations: int | None = None
+) -> Iterable[tuple[str, Any]]:
+    chosen = tuple(range(seeds or 5))
+    length = iterations or (100 if profile == "smoke" else 100_000)
+    for share in STAR_SHARES:
+        yield f"alpha={share:g}/0", QuadraticMetaTraining(share, chosen, length)
+
+
+def _star_fig2c_details(profile: str) -> Iterable[tuple[str, Any]]:
+    """Fig. 2c with one open detail changed at a time."""
+    smoke = profile == "smoke"
+    chosen, length = tuple(range(5)), 50 if smoke else 5_000
+    literal = literal_shares(STAR_SHARES)
+    changes: dict[str, dict[str, Any]] = {
+        "literal": {},
+        "random start": {"init": 0.5},
+        "one pair": {"pairs": 1},
+        "16 pairs": {"pairs": 16},
+        "slower": {"meta_lr": 1e-3},
+        "faster": {"meta_lr": 1e-1},
+    }
+    for name, change in changes.items():
+        at = literal if name == "literal" else STAR_SHARES
+        for share, value in zip(STAR_SHARES, at, strict=True):
+            if smoke and share not in (0.0, 0.4):
+                continue
+            work = QuadraticMetaTraining(value, chosen, length, **change)
+            yield f"{name}, alpha={share:g}/0", work
+
+
+def _star_pilot(profile: str) -> Iterable[tuple[str, Any]]:
+    """The outer learning rate of Fig. 2c, which no source has, on seeds of its own."""
+    smoke = profile == "smoke"
+    chosen = tuple(range(100, 101 if smoke else 105))
+    for rate in (1e-3, 1e-2) if smoke else (1e-4, 1e-3, 1e-2, 1e-1):
+        for share in STAR_SHARES:
+            yield (
+                f"rate={rate:g}, alpha={share:g}/0",
+                QuadraticMetaTraining(
+                    share, chosen, 20 if smoke else 1_000, meta_lr=rate
+                ),
+            )
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     e.id: e
     for e in [
@@ -721,6 +810,36 @@ EXPERIMENTS: dict[str, Experiment] = {
             "MNIST, MLP: LGL2O over a fallback with the paper's other step size",
             "02-loss-guard",
             _details,
+        ),
+        Experiment(
+            "star.fig1",
+            "Noisy quadratic: eigenvalues under STAR's interventions",
+            "09-stability-by-design",
+            _star_fig1,
+        ),
+        Experiment(
+            "star.fig2a",
+            "Noisy quadratic: variance of the meta-gradient",
+            "09-stability-by-design",
+            _star_fig2a,
+        ),
+        Experiment(
+            "star.pilot",
+            "Noisy quadratic: the outer learning rate of Fig. 2c",
+            "09-stability-by-design",
+            _star_pilot,
+        ),
+        Experiment(
+            "star.fig2c",
+            "Noisy quadratic: meta-training beside a nominal term (Figs. 2b, 2c)",
+            "09-stability-by-design",
+            _star_fig2c,
+        ),
+        Experiment(
+            "star.fig2c-details",
+            "Noisy quadratic: open details of Fig. 2c, one changed at a time",
+            "09-stability-by-design",
+            _star_fig2c_details,
         ),
     ]
 }
