@@ -95,7 +95,7 @@ def test_the_variance_is_that_of_back_propagated_gradients():
             measured = found["deviation"][:, k, p]
             assert measured.mean().item() == pytest.approx(total, rel=1e-5)
             gap = (gradients - gradients.mean(0)).square().sum((1, 2)) * 6 / 5
-            expected = gap.unflatten(0, (3, 2)).mean(1).float()
+            expected = gap.unflatten(0, (3, 2)).mean(1)
             torch.testing.assert_close(measured, expected)
     assert job.alphas[-1].item() == pytest.approx(2 / problem.sharpness)
 

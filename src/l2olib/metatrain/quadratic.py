@@ -277,7 +277,7 @@ class GradientVarianceJob:
         return {
             "horizons": torch.tensor(c.horizons),
             "alphas": torch.linspace(0, 1, c.points).double(),
-            "deviation": state["deviation"].float(),
+            "deviation": state["deviation"],
             "predicted": predicted,
         }
 
