@@ -724,7 +724,7 @@ def _star_fig2c_details(profile: str) -> Iterable[tuple[str, Any]]:
         for share, value in zip(STAR_SHARES, at, strict=True):
             if smoke and share not in (0.0, 0.4):
                 continue
-            work = QuadraticMetaTraining(value, chosen, length, **change)
+            work = QuadraticMetaTraining(value, chosen, length, points=60, **change)
             yield f"{name}, alpha={share:g}/0", work
 
 
@@ -737,7 +737,7 @@ def _star_pilot(profile: str) -> Iterable[tuple[str, Any]]:
             yield (
                 f"rate={rate:g}, alpha={share:g}/0",
                 QuadraticMetaTraining(
-                    share, chosen, 20 if smoke else 1_000, meta_lr=rate
+                    share, chosen, 20 if smoke else 1_000, meta_lr=rate, points=10
                 ),
             )
 

@@ -307,6 +307,7 @@ class QuadraticMetaTraining:
     clip: float = 1.0
     spread: float = 10.0
     smoothing: float = 0.95
+    points: int = 120
     hessian: Matrix = HESSIAN
 
     def seconds(self) -> float:
@@ -320,8 +321,8 @@ class QuadraticMetaTraining:
 class QuadraticMetaTrainingJob:
     """The resumable computation of a :class:`QuadraticMetaTraining`, all seeds at once.
 
-    A piece is the iterations up to the next of about 300 log-spaced ones, at which the
-    state of things is noted.
+    A piece is the iterations up to the next of about ``points`` log-spaced ones, at
+    which the state of things is noted.
     """
 
     config: QuadraticMetaTraining
@@ -333,7 +334,7 @@ class QuadraticMetaTrainingJob:
         self.alpha = c.share * 2 / self.problem.sharpness
         self.estimator = es(c.pairs * len(c.seeds), 1, c.sigma)
         self.outer = AdamW(constant(c.meta_lr))
-        self.marks = [0, *log_spaced(1, c.iterations, 300)]
+        self.marks = [0, *log_spaced(1, c.iterations, c.points)]
 
     def start(self) -> State:
         c, n = self.config, self.problem.size
