@@ -709,22 +709,27 @@ def _star_fig2c(
 def _star_fig2c_details(profile: str) -> Iterable[tuple[str, Any]]:
     """Fig. 2c with one open detail changed at a time."""
     smoke = profile == "smoke"
-    chosen, length = tuple(range(5)), 50 if smoke else 5_000
+    chosen = tuple(range(5))
     literal = literal_shares(STAR_SHARES)
     changes: dict[str, dict[str, Any]] = {
         "literal": {},
         "random start": {"init": 0.5},
+        "wider start": {"init": 1.0},
         "one pair": {"pairs": 1},
         "16 pairs": {"pairs": 16},
-        "slower": {"meta_lr": 1e-3},
-        "faster": {"meta_lr": 1e-1},
+        "rate 0.1": {"meta_lr": 1e-1},
+        "rate 0.001": {"meta_lr": 1e-3},
+        "rate 0.0001": {"meta_lr": 1e-4, "iterations": 20_000},
     }
     for name, change in changes.items():
         at = literal if name == "literal" else STAR_SHARES
         for share, value in zip(STAR_SHARES, at, strict=True):
             if smoke and share not in (0.0, 0.4):
                 continue
-            work = QuadraticMetaTraining(value, chosen, length, points=60, **change)
+            setting = {"iterations": 5_000, "points": 60, **change}
+            if smoke:
+                setting["iterations"] = 50
+            work = QuadraticMetaTraining(value, chosen, **setting)
             yield f"{name}, alpha={share:g}/0", work
 
 
