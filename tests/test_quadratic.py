@@ -195,6 +195,24 @@ def test_an_iteration_is_es_and_a_step_of_torch_adamw():
         torch.testing.assert_close(state["meta"][r], meta.data, rtol=1e-9, atol=1e-12)
 
 
+def test_a_nominal_term_is_a_start_of_the_blackbox_term():
+    """Only alpha I + P enters a run, and neither ES nor AdamW without decay knows where
+    the origin is: from P = 0 beside alpha, or from P = alpha I beside nothing, M takes
+    the same way."""
+    beside = QuadraticMetaTraining(0.3, (0, 1), 8).job("cpu", False, {})
+    alone = QuadraticMetaTraining(0.0, (0, 1), 8).job("cpu", False, {})
+    shift = beside.alpha * torch.eye(2).double().flatten()
+    one, two = beside.start(), alone.start()
+    two["meta"] = two["meta"] + shift
+    for _ in range(8):
+        one, two = (
+            beside._iterate(one, int(one["done"])),
+            alone._iterate(two, int(two["done"])),
+        )
+    torch.testing.assert_close(one["meta"] + shift, two["meta"], rtol=0, atol=1e-9)
+    assert (one["meta"].abs() > 0.01).any()
+
+
 def test_a_seed_has_the_same_bits_in_any_company():
     alone = arrays_of(QuadraticMetaTraining(0.2, (3,), 20))
     both = arrays_of(QuadraticMetaTraining(0.2, (1, 3), 20))

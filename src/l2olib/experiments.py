@@ -717,6 +717,7 @@ def _star_fig2c_details(profile: str) -> Iterable[tuple[str, Any]]:
         "wider start": {"init": 1.0},
         "one pair": {"pairs": 1},
         "16 pairs": {"pairs": 16},
+        "no clipping": {"clip": 1e9},
         "rate 0.1": {"meta_lr": 1e-1},
         "rate 0.001": {"meta_lr": 1e-3},
         "rate 0.0001": {"meta_lr": 1e-4, "iterations": 20_000},
