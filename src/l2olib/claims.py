@@ -501,6 +501,17 @@ class FewerHyperparameters:
         return f"{self.method} has fewer hyperparameters than {self.reference}"
 
 
+QUANTITIES = {
+    "radius": "spectral radius",
+    "real": "mean real part",
+    "reach": "mean distance from 1",
+    "unevenness": "largest distance from 1 over the median",
+    "variance": "measured variance of ES",
+    "single": "exact variance of one run's gradient",
+}
+"""Names, for a reader, of recorded quantities."""
+
+
 @dataclass(frozen=True)
 class Less:
     """``method`` has a lower ``quantity`` than ``reference``, one value a seed.
@@ -524,7 +535,8 @@ class Less:
         return Outcome(p < ALPHA, p, text, detectable(a - b))
 
     def __str__(self) -> str:
-        return f"{self.quantity} of {self.method} below that of {self.reference}"
+        name = QUANTITIES.get(self.quantity, self.quantity)
+        return f"{name} of {self.method} below that of {self.reference}"
 
 
 @dataclass(frozen=True)
@@ -634,8 +646,9 @@ class GoesWith:
 
     def __str__(self) -> str:
         return (
-            f"{self.quantity} goes with the spectral radius (rank correlation above "
-            f"{self.least:g}), iterations {_range(self.window)}"
+            f"{QUANTITIES.get(self.quantity, self.quantity)} goes with the spectral "
+            f"radius (rank correlation above {self.least:g}), iterations "
+            f"{_range(self.window)}"
         )
 
 
