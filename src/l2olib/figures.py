@@ -183,16 +183,22 @@ def comparison(
     """Draw the training losses of ``methods``, and below, who decided in one guard.
 
     curves: arrays by method, as `experiments.curves` gives them. ``deciding`` is the
-    guard whose share of accepted proposals is shown (1: all, 0: none).
+    guard whose share of accepted proposals is shown (1: all, 0: none). Of more than 200
+    recorded points every other one is drawn.
     """
     _, (top, low) = figure(2, 1, height=2.7, sharex=True)
+
+    def thin(x: Any, y: Any) -> tuple[Any, Any]:
+        every = 1 + (len(x) > 200)
+        return x[::every], y[:, ::every]
+
     for name in methods:
-        band(top, curves[name]["steps"], curves[name]["smooth"], name)
+        band(top, *thin(curves[name]["steps"], curves[name]["smooth"]), name)
     top.set(xscale="log", yscale="log", ylabel="training loss (nat)")
     top.legend(ncols=2)
     guard = curves[deciding]
     interval = int(guard["steps"][-1]) // int(guard["decisions"][-1])
-    band(low, guard["decisions"] * interval, guard["use_l2o"], deciding)
+    band(low, *thin(guard["decisions"] * interval, guard["use_l2o"]), deciding)
     low.set(
         xlabel="step",
         ylabel=f"share of decisions\n{deciding} gives to the L2O",
