@@ -551,7 +551,7 @@ CONV5 = {
     "cifar10": conv5((3, 32, 32), 10),
 }
 
-_SMALL = {"batch": 32, "steps": 100, "seeds": 5, "replicas": 5, "audit_every": 1}
+_SMALL = {"batch": 32, "steps": 50, "seeds": 5, "replicas": 5, "audit_every": 1}
 _PAPER = {"steps": 100_000, "seeds": 25, "replicas": 25}
 _TEN = {"steps": 100_000, "seeds": 10, "replicas": 10}
 
@@ -611,15 +611,20 @@ def _fig9(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     return trainings(guards, L2O, **setting)
 
 
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "smoke": {"steps": 100},
+    "laptop": {"steps": 10_000},
+    "paper": {},
+}
+
+
 def _ablations(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     """One factor at a time from LGL2O's default; batches ``iid`` where n_t or n_c is
     too large for the others to avoid."""
     figure = FIGURES["lgl2o.fig4"]
     setting = {"data": figure.data, "optimizee": figure.optimizees[figure.data]}
     setting |= figure.size[profile] | ({} if seeds is None else {"seeds": seeds})
-    if profile == "laptop":
-        setting["steps"] = 10_000
-    setting["segment"] = 100
+    setting |= ABLATIONS[profile] | {"segment": 100}
     default = lgl2o_methods(**figure.options)["LGL2O"]
     changes: dict[str, dict[str, Any]] = {
         "LGL2O": {},
