@@ -304,6 +304,13 @@ class Switching:
         )
 
 
+def _below_zero(gap: Tensor, text: str) -> Outcome:
+    """Test mean(gap) < 0 over seeds; ``text`` says what was measured."""
+    _enough(len(gap))
+    p = sign_flip(gap)
+    return Outcome(p < ALPHA, p, f"{text}, p = {p:.2g}", detectable(gap))
+
+
 @dataclass(frozen=True)
 class MoreSwitching:
     """``method`` changes its choice in a larger share of decisions than ``reference``.
@@ -320,10 +327,8 @@ class MoreSwitching:
             arrays["switches"].double().sum(1) / arrays["decisions"][-1]
             for arrays in (_method(curves, n) for n in (self.method, self.reference))
         )
-        _enough(len(a))
-        p = sign_flip(b - a)
-        text = f"{a.mean():.3g} against {b.mean():.3g} of decisions, p = {p:.2g}"
-        return Outcome(p < ALPHA, p, text, detectable(b - a))
+        text = f"{a.mean():.3g} against {b.mean():.3g} of decisions"
+        return _below_zero(b - a, text)
 
     def __str__(self) -> str:
         return f"{self.method} switches more often than {self.reference}"
@@ -344,10 +349,8 @@ class Noisier:
 
     def __call__(self, curves: Curves) -> Outcome:
         a, b = (self._spread(_method(curves, n)) for n in (self.method, self.reference))
-        _enough(len(a))
-        p = sign_flip(b - a)
-        text = f"spread {a.mean():.3g} against {b.mean():.3g} nat, p = {p:.2g}"
-        return Outcome(p < ALPHA, p, text, detectable(b - a))
+        text = f"spread {a.mean():.3g} against {b.mean():.3g} nat"
+        return _below_zero(b - a, text)
 
     def _spread(self, arrays: Arrays) -> Tensor:
         steps = arrays["steps"]
@@ -379,11 +382,8 @@ class Stuck:
         late, early = (
             _clipped(window_mean(arrays, w)) for w in (self.window, self.earlier)
         )
-        _enough(len(late))
-        gap = (1 - self.share) * early - late
-        p = sign_flip(gap)
-        text = f"{early.mean():.3g}, then {late.mean():.3g} nat, p = {p:.2g}"
-        return Outcome(p < ALPHA, p, text, detectable(gap))
+        text = f"{early.mean():.3g}, then {late.mean():.3g} nat"
+        return _below_zero((1 - self.share) * early - late, text)
 
     def __str__(self) -> str:
         return (
@@ -407,12 +407,8 @@ class RisesFirst:
     def __call__(self, curves: Curves) -> Outcome:
         arrays = _method(curves, self.method)
         losses = _clipped(arrays["loss"][:, arrays["steps"] <= 100].double())
-        _enough(len(losses))
-        gap = losses[:, 0] + self.by - losses.max(1).values
-        p = sign_flip(gap)
         rise = losses.max(1).values - losses[:, 0]
-        text = f"by {rise.mean():.3g} nat, p = {p:.2g}"
-        return Outcome(p < ALPHA, p, text, detectable(gap))
+        return _below_zero(self.by - rise, f"by {rise.mean():.3g} nat")
 
     def __str__(self) -> str:
         return f"{self.method} rises by more than {self.by:g} nat first"

@@ -30,7 +30,7 @@ from .metatrain.quadratic import (
     literal_shares,
 )
 from .metatrain.truncated import LearningCurve, MetaTraining, MetaWork
-from .optimizees import MLP, conv3, conv5
+from .optimizees import MLP, conv3
 from .optimizers import SGD, Adam, PowerDecay, constant
 from .records import Record, RecordError
 from .train import Alone, Training, drive, repeatable
@@ -524,9 +524,10 @@ class Figure:
     size: dict[str, dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(
+    def setting(
         self, profile: str, seeds: int | None = None, data: str | None = None
-    ) -> Iterable[tuple[str, Any]]:
+    ) -> dict[str, Any]:
+        """What all methods share, as arguments of :func:`trainings`."""
         setting = {"data": self.data, **self.size[profile]}
         setting |= {
             k: v for k, v in {"seeds": seeds, "data": data}.items() if v is not None
@@ -536,8 +537,13 @@ class Figure:
                 f"this figure has no network for {setting['data']!r}: choose from "
                 + ", ".join(self.optimizees)
             )
-        setting["optimizee"] = self.optimizees[setting["data"]]
-        return trainings(lgl2o_methods(**self.options), L2O, **setting)
+        return setting | {"optimizee": self.optimizees[setting["data"]]}
+
+    def __call__(
+        self, profile: str, seeds: int | None = None, data: str | None = None
+    ) -> Iterable[tuple[str, Any]]:
+        methods = lgl2o_methods(**self.options)
+        return trainings(methods, L2O, **self.setting(profile, seeds, data))
 
 
 CONV3 = {
@@ -545,10 +551,6 @@ CONV3 = {
     "fashion-mnist": conv3((1, 28, 28), 10),
     "digits28": conv3((1, 28, 28), 10),
     "cifar10": conv3((3, 32, 32), 10),
-}
-CONV5 = {
-    "tiny-imagenet-50": conv5((3, 64, 64), 50),
-    "cifar10": conv5((3, 32, 32), 10),
 }
 
 _SMALL = {"batch": 32, "steps": 50, "seeds": 5, "replicas": 5, "audit_every": 1}
@@ -603,12 +605,10 @@ FIGURES: dict[str, Figure] = {
 
 def _fig9(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     figure = FIGURES["lgl2o.fig5"]
-    setting = {"data": figure.data, "optimizee": figure.optimizees[figure.data]}
-    setting |= figure.size[profile] | ({} if seeds is None else {"seeds": seeds})
     methods = lgl2o_methods(**figure.options)
     fallbacks = {k: methods[k].optimizer for k in ("SGD", "SGD+momentum", "Adam")}
     guards = {f"LGL2O over {k}": LGL2O(LSTM, f) for k, f in fallbacks.items()}
-    return trainings(guards, L2O, **setting)
+    return trainings(guards, L2O, **figure.setting(profile, seeds))
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -622,9 +622,7 @@ def _ablations(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
     """One factor at a time from LGL2O's default; batches ``iid`` where n_t or n_c is
     too large for the others to avoid."""
     figure = FIGURES["lgl2o.fig4"]
-    setting = {"data": figure.data, "optimizee": figure.optimizees[figure.data]}
-    setting |= figure.size[profile] | ({} if seeds is None else {"seeds": seeds})
-    setting |= ABLATIONS[profile] | {"segment": 100}
+    setting = figure.setting(profile, seeds) | ABLATIONS[profile] | {"segment": 100}
     default = lgl2o_methods(**figure.options)["LGL2O"]
     changes: dict[str, dict[str, Any]] = {
         "LGL2O": {},
