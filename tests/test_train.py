@@ -139,6 +139,31 @@ def test_vmapped_and_plain_steps_agree(name, toy_data):
 
 
 @every_method
+def test_a_segment_is_its_pieces(name, toy_data):
+    """Joined, they are one call of the method, bit for bit; a compiler takes a piece
+    whole."""
+    method = METHODS[name]
+    job = work(method, steps=20, segment=20).job("cpu", False, metas_of(method))
+    state = job.start()["method"]
+    batches, held = job.batches(0)
+    with torch.no_grad():
+        whole_state, whole = job.piece(state, batches, held)
+        after, trace = job.segment(state, batches, held)
+        traced = torch.compile(job.piece, backend="eager", fullgraph=True)
+        first = 10 // method.interval
+        one = (batches[:, :10], None if held is None else held[:, :first])
+        compiled, _ = traced(state, *one)
+        plain, _ = job.piece(state, *one)
+    assert set(trace) == set(whole)
+    exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+    torch.testing.assert_close(trace, whole, **exact)
+    torch.testing.assert_close(after, whole_state, **exact)
+    torch.testing.assert_close(
+        compiled["params"], plain["params"], rtol=0.0, atol=1e-4, equal_nan=True
+    )
+
+
+@every_method
 def test_two_runs_have_one_digest(name, toy_data):
     config = work(METHODS[name])
     first, second = (content(config, outcome(config)) for _ in range(2))

@@ -584,7 +584,7 @@ FIGURES: dict[str, Figure] = {
         CONV3,
         {
             "smoke": {"data": "digits28", "batch": 32, "steps": 50, "seeds": 1},
-            "laptop": {"steps": 10_000, "seeds": 5},
+            "laptop": {"steps": 10_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
         {"lr": 1.0, "tau": 20_000.0, "adam": 1e-2},
@@ -594,7 +594,7 @@ FIGURES: dict[str, Figure] = {
         CONV3,
         {
             "smoke": {"data": "digits28", "batch": 32, "steps": 50, "seeds": 1},
-            "laptop": {"steps": 10_000, "seeds": 5},
+            "laptop": {"steps": 10_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
         {"lr": 1.0, "tau": 20_000.0, "adam": 1e-3},

@@ -292,7 +292,7 @@ class Task:
 
     optimizee: Any
     data: DataSet
-    chunk: int = 10_000
+    chunk: int = 2_000
     """Items a full-data pass handles at once (memory only, the value is a sum)."""
     _value_and_grad: Any = field(init=False, repr=False)
 

@@ -26,6 +26,10 @@ from .optimizers import Meta, Optimizer, State
 RATE, OVERHEAD = 1.6e10, 6e-4
 """FLOP a second and seconds a step of one CPU core, to estimate the cost of a run."""
 
+PIECE = 10
+"""Inner steps, about, that are one compiled function: it is unrolled, so longer ones
+take minutes to compile; shorter ones are called too often."""
+
 Trace = dict[str, Tensor]
 Metas = dict[str, Meta]
 
@@ -282,9 +286,9 @@ class Training:
     ``weights`` names the meta-trained weights of the learned optimizers by role;
     ``digests`` are filled in from those files and are what enters the record.
 
-    ``segment`` inner steps are the unit of compilation and checkpoints. Held-out and
-    full-data losses are taken at about ``evaluations`` log-spaced segment ends; an
-    audit of a guard's last decision every ``audit_every`` segments (0: never).
+    ``segment`` inner steps are the unit of checkpoints. Held-out and full-data losses
+    are taken at about ``evaluations`` log-spaced segment ends; an audit of a guard's
+    last decision every ``audit_every`` segments (0: never).
     """
 
     optimizee: Any
@@ -368,11 +372,11 @@ class TrainingJob:
             for role, meta in self.metas.items()
         }
 
-        def segment(state: State, train: Tensor, valid: Tensor | None) -> Any:
+        def piece(state: State, train: Tensor, valid: Tensor | None) -> Any:
             return c.method.segment(self.task, self.metas, state, train, valid)
 
         dims = (0, 0, None if c.method.batches is None else 0)
-        self.segment = compiled(torch.func.vmap(segment, in_dims=dims), self.compile)
+        self.piece = compiled(torch.func.vmap(piece, in_dims=dims), self.compile)
         self.looks = {
             name: torch.func.vmap(getattr(self.task, name))
             for name in ("full_loss", "test_loss", "test_error")
@@ -428,6 +432,22 @@ class TrainingJob:
                 )
             )
         return torch.stack(found)
+
+    def segment(
+        self, state: State, train: Tensor, valid: Tensor | None
+    ) -> tuple[State, Trace]:
+        """Take the steps of a segment, in pieces of a few decisions each."""
+        interval = self.config.method.interval
+        decisions = max(1, PIECE // interval)
+        held_out = None if valid is None else valid.split(decisions, 1)
+        traces = []
+        for k, batches in enumerate(train.split(decisions * interval, 1)):
+            part = None if held_out is None else held_out[k]
+            state, trace = self.piece(state, batches, part)
+            traces.append(trace)
+        last = {k: v for k, v in traces[-1].items() if k == "candidates"}
+        series = [k for k in traces[-1] if k not in last]
+        return state, {k: torch.cat([t[k] for t in traces], 1) for k in series} | last
 
     @torch.no_grad()
     def advance(self, state: State) -> State:
