@@ -12,12 +12,16 @@ from scipy.stats import permutation_test, spearmanr
 from l2olib import claims
 from l2olib.claims import (
     LEDGER,
+    AcceptsWorse,
+    BarFalls,
+    Breaks,
     Cheaper,
     Claim,
     Diverges,
     FewerHyperparameters,
     GoesWith,
     Inside,
+    KeepsBetter,
     Later,
     Learns,
     Less,
@@ -29,6 +33,7 @@ from l2olib.claims import (
     NotWorse,
     Quieter,
     RisesFirst,
+    Saturates,
     Stuck,
     Switching,
     TimesSlower,
@@ -316,6 +321,59 @@ def test_noisier_stuck_and_rising():
     assert RisesFirst("f", "hump")(curves).passed
     assert not RisesFirst("f", "hump", by=0.31)(curves).passed
     assert not RisesFirst("f", "falling")(curves).passed
+
+
+def test_breaks():
+    loss = torch.ones(5, 1_000)
+    broken = loss.clone()
+    broken[:, 50:] = math.nan
+    most, late = broken.clone(), loss.clone()
+    most[0] = 1.0
+    late[:, 150:] = math.inf
+    curves = {"A": run(broken), "B": run(loss), "C": run(most), "D": run(late)}
+    found = {k: Breaks("f", k, 100)(curves).passed for k in curves}
+    assert found == {"A": True, "B": False, "C": True, "D": False}
+    assert Breaks("f", "D", 200)(curves).passed
+    with pytest.raises(NotTestable, match="end at step 1000"):
+        Breaks("f", "A", 2_000)(curves)
+
+
+def audit(use, proposal, fallback):
+    values = {"use_l2o": use, "full_proposal": proposal, "full_fallback": fallback}
+    return {f"audit.{k}": torch.tensor(v).repeat(6, 1) for k, v in values.items()}
+
+
+def test_audited_decisions():
+    """Two acceptances and a rejection: all right, one wrong, both wrong."""
+    right = audit([1.0, 1.0, 0.0], [0.5, 0.6, 0.9], [0.7, 0.7, 0.7])
+    one = audit([1.0, 1.0, 0.0], [0.5, 0.8, 0.9], [0.7, 0.7, 0.7])
+    both = audit([1.0, 1.0, 0.0], [0.8, math.nan, 0.9], [0.7, 0.7, 0.7])
+    never = audit([0.0, 0.0, 0.0], [0.8, 0.8, 0.9], [0.7, 0.7, 0.7])
+    curves = {"right": right, "one": one, "both": both, "never": never}
+    kept = {k: KeepsBetter("f", k)(curves).passed for k in curves}
+    assert kept == {"right": True, "one": False, "both": False, "never": True}
+    worse = {k: AcceptsWorse("f", k)(curves).passed for k in ("right", "one", "both")}
+    assert worse == {"right": False, "one": False, "both": True}
+    assert AcceptsWorse("f", "one", share=0.4)(curves).passed
+    with pytest.raises(NotTestable, match="only 0 seeds"):
+        AcceptsWorse("f", "never")(curves)
+
+
+def test_bars():
+    steady = torch.tensor([1.0, 0.5, 0.5, 0.05]).repeat(5, 1)
+    risen = steady.clone()
+    risen[4, 2] = 0.6
+    flat_loss, falling = torch.ones(5, 1_000), torch.linspace(1, 0, 1_000).repeat(5, 1)
+    curves = {
+        "A": run(flat_loss, bar=steady),
+        "B": run(falling, bar=risen),
+        "C": run(flat_loss, bar=steady.sqrt()),
+    }
+    assert BarFalls("f", "A")(curves).passed
+    found = BarFalls("f", "B")(curves)
+    assert not found.passed and found.measured.startswith("rises in 1 of 5")
+    saturated = {k: Saturates("f", k)(curves).passed for k in curves}
+    assert saturated == {"A": True, "B": False, "C": False}
 
 
 def test_learns():

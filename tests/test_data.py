@@ -28,6 +28,7 @@ SHAPES = {
     "spirals": (5000, 5000, (2,), 2),
     "digits": (1437, 360, (1, 8, 8), 10),
     "digits28": (1437, 360, (1, 28, 28), 10),
+    "digits64": (1437, 360, (1, 64, 64), 10),
 }
 # Only arrays made of integers: the last bit of a sine may differ between machines.
 CHECKSUMS = {
@@ -36,6 +37,7 @@ CHECKSUMS = {
     "cifar10": "7fe3b7e5240380a5e9b18cb8387acdbf55cb6e7e22945ce80790286cae454f98",
     "digits": "f1af8eb648deac8e802551163d1b41f5e12ff59b07e22aec2242c876f179d483",
     "digits28": "ef8d574d95737e5be761921b3f610a4494514739f6c271271e90e8758f19fd34",
+    "digits64": "257a6916d2e0b912d01e5f89c0ef46d00ab28fd07bd0f5204c34acc6f12182b0",
 }
 devices = pytest.mark.parametrize(
     "device",
@@ -340,7 +342,7 @@ def test_shapes_ranges_and_classes(name: str) -> None:
         assert split.x.is_contiguous() and split.y.dtype == torch.int64
         counts = split.y.bincount()
         assert counts.numel() == classes
-        if name in ("mnist", "digits", "digits28"):  # the only unbalanced ones
+        if name == "mnist" or "digits" in name:  # the only unbalanced ones
             assert counts.min() > 0.85 * len(split) / classes
         else:
             assert counts.unique().numel() == 1
@@ -408,16 +410,20 @@ def test_point_sets_have_the_published_geometry() -> None:
         assert not torch.equal(loaded.train.x, loaded.test.x)
 
 
-def test_digits_keep_their_grey_levels_and_resample_bilinearly() -> None:
+@pytest.mark.parametrize("size", [28, 64])
+def test_digits_keep_their_grey_levels_and_resample_bilinearly(size: int) -> None:
     from sklearn.datasets import load_digits
 
     grey = torch.from_numpy(load_digits().images)
-    small, large = data.load("digits"), data.load("digits28")
+    small, large = data.load("digits"), data.load(f"digits{size}")
     joined = torch.cat([small.train.x, small.test.x])[:, 0]
     assert torch.equal(joined, (grey * 255 / 16 + 0.5).floor().to(torch.uint8))
     assert torch.equal(large.test.y, small.test.y)
     expected = F.interpolate(
-        grey[:, None] * 255 / 16, size=(28, 28), mode="bilinear", align_corners=False
+        grey[:, None] * 255 / 16,
+        size=(size, size),
+        mode="bilinear",
+        align_corners=False,
     )
     joined = torch.cat([large.train.x, large.test.x])
     assert (joined.double() - expected).abs().max() <= 0.5 + 1e-9

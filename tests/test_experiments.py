@@ -90,6 +90,14 @@ def test_the_papers_settings():
     assert len({s for r in laptop for s in r.work.seeds}) >= 5
 
 
+def test_tuning_has_seeds_of_its_own():
+    tuned = {s for r in runs("lgl2o.grids") for s in r.work.seeds}
+    assert tuned == set(range(experiments.TUNING, experiments.TUNING + 5))
+    for entry in find("lgl2o.fig*") + find("lgl2o.m*") + find("ours.*"):
+        for run in entry.runs("laptop"):
+            assert not tuned & set(getattr(run.work, "seeds", ()))
+
+
 def test_smoke_runs_need_no_download():
     for entry in EXPERIMENTS.values():
         for run in entry.runs("smoke"):
@@ -97,6 +105,7 @@ def test_smoke_runs_need_no_download():
                 None,
                 "digits",
                 "digits28",
+                "digits64",
                 "moons",
                 "circles",
                 "spirals",
@@ -110,7 +119,8 @@ def test_unknown_ids_and_profiles_are_refused():
         find("lgl2o.fig33")
     with pytest.raises(ExperimentError, match="no profile 'huge': use smoke, laptop"):
         runs("lgl2o.fig3", "huge")
-    assert {e.id for e in find("lgl2o.*") + find("star.*")} == set(EXPERIMENTS)
+    families = ("lgl2o.*", "star.*", "ours.*")
+    assert {e.id for f in families for e in find(f)} == set(EXPERIMENTS)
 
 
 # ---- states of a run -----------------------------------------------------------------

@@ -415,6 +415,122 @@ class RisesFirst:
 
 
 @dataclass(frozen=True)
+class Breaks:
+    """A loss of ``method`` is not finite within so many steps, in at least four fifths
+    of the seeds."""
+
+    experiment: str
+    method: str
+    within: int
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        if int(arrays["steps"][-1]) < self.within:
+            raise NotTestable(f"the records end at step {int(arrays['steps'][-1])}")
+        early = arrays["bin_mean"][:, arrays["steps"] <= self.within]
+        _enough(len(early))
+        broken = ~early.isfinite().all(1)
+        text = f"{int(broken.sum())} of {len(broken)} seeds"
+        return Outcome(broken.double().mean().item() >= 0.8, None, text)
+
+    def __str__(self) -> str:
+        return f"{self.method} is not finite within {self.within:,} steps"
+
+
+@dataclass(frozen=True)
+class KeepsBetter:
+    """At every audited decision ``method`` keeps a point whose full training loss is at
+    most that of the fallback's candidate (up to rounding, 1e-6 nat)."""
+
+    experiment: str
+    method: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        estimate = _method(curves, self.method)
+        y, z = (estimate[f"audit.full_{side}"] for side in ("proposal", "fallback"))
+        kept = torch.where(estimate["audit.use_l2o"] > 0, y, z)
+        good = kept <= z + 1e-6
+        text = f"{int(good.sum()):,} of {good.numel():,} decisions"
+        return Outcome(bool(good.all()), None, text)
+
+    def __str__(self) -> str:
+        return f"{self.method} never keeps a point worse than the fallback's"
+
+
+@dataclass(frozen=True)
+class BarFalls:
+    """The bar of a residual guard never rises (recorded decisions, every seed)."""
+
+    experiment: str
+    method: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        bar = _method(curves, self.method)["bar"]
+        risen = (bar.diff(dim=1) > 0).any(1)
+        text = f"rises in {int(risen.sum())} of {len(risen)} seeds"
+        return Outcome(not risen.any(), None, f"{text}, {bar.shape[1]} decisions each")
+
+    def __str__(self) -> str:
+        return f"the bar of {self.method} never rises"
+
+
+@dataclass(frozen=True)
+class Saturates:
+    """A residual guard's bar falls below ``share`` of its start while the loss does
+    not: over the last tenth of the run its mean is at least 0.9 of the first loss.
+
+    In at least four fifths of the seeds.
+    """
+
+    experiment: str
+    method: str
+    share: float = 0.1
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        last = int(arrays["steps"][-1])
+        late = _clipped(window_mean(arrays, (last - last // 10, last)))
+        first, bar = arrays["loss"][:, 0].double(), arrays["bar"].double()
+        _enough(len(late))
+        fell = bar[:, -1] / bar[:, 0]
+        seen = (fell < self.share) & (late >= 0.9 * first)
+        text = f"bar to {fell.median():.2g} of its start, loss {first.median():.3g}, "
+        text += f"then {late.median():.3g} nat (medians)"
+        return Outcome(seen.double().mean().item() >= 0.8, None, text)
+
+    def __str__(self) -> str:
+        return (
+            f"the bar of {self.method} falls below {self.share:.0%} of its start, its "
+            "loss does not fall"
+        )
+
+
+@dataclass(frozen=True)
+class AcceptsWorse:
+    """Most proposals that ``method`` accepts have a higher full training loss than the
+    fallback's candidate: more than ``share`` of the audited acceptances, one-sided
+    sign-flip test over the seeds that have any."""
+
+    experiment: str
+    method: str
+    share: float = 0.5
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        use = arrays["audit.use_l2o"].double()
+        worse = ~(arrays["audit.full_proposal"] < arrays["audit.full_fallback"])
+        some = use.sum(1) > 0
+        found = (use * worse).sum(1)[some] / use.sum(1)[some]
+        count = f"{int(use.sum())} audited acceptances"
+        if len(found) < PAIRS:
+            raise NotTestable(f"only {len(found)} seeds have audited acceptances")
+        return _below_zero(self.share - found, f"{found.mean():.0%} of {count}")
+
+    def __str__(self) -> str:
+        return f"most proposals that {self.method} accepts are worse than its fallback"
+
+
+@dataclass(frozen=True)
 class Learns:
     """After meta-training, 100 steps bring the loss to (or not to) ``share`` of chance.
 
@@ -901,6 +1017,17 @@ _ABLATIONS = "lgl2o.ablations"
 _FIG1, _FIG2A, _FIG2C = "star.fig1", "star.fig2a", "star.fig2c"
 _ALPHAS = tuple(f"alpha={share:g}" for share in (0, 0.1, 0.2, 0.3, 0.4))
 _FIG6, _FIG7, _FIG9 = "lgl2o.fig6", "lgl2o.fig7", "lgl2o.fig9"
+_FIG8, _ADAM, _MOMENTUM = "lgl2o.fig8", "lgl2o.adam", "lgl2o.momentum"
+_CONVEX, _FAILURES = "lgl2o.convex", "ours.guard_failures"
+_SHORT, _SECOND = (1_000, 2_000), ("lgl2o-lstm-1", "lgl2o-lstm-2")
+_RULES = (
+    "geometric",
+    "average, weight 0.9",
+    "average, weight 0.1",
+    "recent term",
+    "arithmetic",
+    "recent maximum",
+)
 
 
 def _everywhere(guard: str) -> tuple[NotWorse, ...]:
@@ -1031,6 +1158,19 @@ LEDGER: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "B8",
+        _FAR,
+        "LGL2O Fig. 8",
+        "Tiny-ImageNet-50, Conv5: the loss of L2O is high, GL2O is NaN at once, LGL2O "
+        "does as SGD",
+        (
+            Lower(_FIG8, "SGD", "L2O", _SHORT, by=0.2),
+            Breaks(_FIG8, "GL2O", 100),
+            NotWorse(_FIG8, "LGL2O", "SGD", _MIDDLE),
+            NotWorse(_FIG8, "LGL2O", "SGD", _SHORT),
+        ),
+    ),
+    Claim(
         "B9",
         _FAR,
         "LGL2O Fig. 9",
@@ -1047,6 +1187,14 @@ LEDGER: tuple[Claim, ...] = (
             MoreSwitching(_ABLATIONS, "n_c=1", "LGL2O"),
             MoreSwitching(_ABLATIONS, "LGL2O", "n_c=100"),
         ),
+    ),
+    Claim(
+        "B11",
+        _RESIDUAL,
+        "LGL2O, Algorithm 1",
+        "Without noise the loss after a decision of LGL2O is never above that after "
+        "the fallback's step from the same point",
+        (KeepsBetter(_CONVEX, "LGL2O exact"),),
     ),
     Claim(
         "B12",
@@ -1103,6 +1251,28 @@ LEDGER: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "B17",
+        _FAR,
+        "LGL2O, section 4.2",
+        "Circles: with Adam as its fallback LGL2O does as Adam alone",
+        (
+            NotWorse(_ADAM, "LGL2O over Adam", "Adam", _LATE),
+            NotWorse(_ADAM, "LGL2O over Adam", "Adam", _LONG),
+            NotWorse(_ADAM, "Adam", "LGL2O over Adam", _LONG),
+        ),
+    ),
+    Claim(
+        "B18",
+        _FAR,
+        "LGL2O Fig. 7",
+        "CIFAR-10, Conv3: momentum diverges because its rate was chosen on 300 steps; "
+        "at a tenth of the rate it does not",
+        (
+            Lower(_MOMENTUM, "SGD+momentum 0.1", "SGD+momentum 1", _LATE, by=0.2),
+            NotWorse(_MOMENTUM, "SGD+momentum 0.1", "SGD", _LATE),
+        ),
+    ),
+    Claim(
         "C1",
         _RESIDUAL,
         "LGL2O Fig. 3",
@@ -1139,6 +1309,19 @@ LEDGER: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "C4",
+        _RESIDUAL,
+        "ours, on C3",
+        "On Conv3 GL2O fails because units saturate: gradients vanish far from a "
+        "minimum, so bad proposals have a small residual",
+        (
+            Saturates(_FIG6, "GL2O"),
+            Saturates(_FIG7, "GL2O"),
+            AcceptsWorse(_FIG6, "GL2O"),
+            AcceptsWorse(_FIG7, "GL2O"),
+        ),
+    ),
+    Claim(
         "C5",
         _RESIDUAL,
         "LGL2O, section 3",
@@ -1148,6 +1331,18 @@ LEDGER: tuple[Claim, ...] = (
             Cheaper(_FIG3, "LGL2O", "GL2O", "depth"),
             Cheaper(_FIG3, "LGL2O", "GL2O", "gradients"),
             Cheaper(_FIG3, "GL2O", "LGL2O", "forwards"),
+        ),
+    ),
+    Claim(
+        "C6",
+        _RESIDUAL,
+        "GL2O, theory",
+        "On a convex problem, beside an L2O that does not settle, the bar of GL2O "
+        "never rises and the loss goes where gradient descent takes it, by every rule",
+        (
+            Lower(_CONVEX, "GD", "L2O", _SHORT, by=0.02),
+            *(BarFalls(_CONVEX, f"GL2O {rule}") for rule in _RULES),
+            *(NotWorse(_CONVEX, f"GL2O {rule}", "GD", _SHORT) for rule in _RULES),
         ),
     ),
     Claim(
@@ -1236,6 +1431,44 @@ LEDGER: tuple[Claim, ...] = (
             Cheaper(_FIG4, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
             Cheaper(_FIG6, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
         ),
+    ),
+    Claim(
+        "N9",
+        _NOISE,
+        "ours",
+        "Two other meta-trained optimizers on Circles: without noise in its criterion "
+        "LGL2O does not diverge and is at least as good as its fallback late",
+        tuple(
+            test
+            for zeta in _SECOND
+            for test in (
+                Diverges(_FAILURES, f"LGL2O full loss, {zeta}", expected=False),
+                NotWorse(_FAILURES, f"LGL2O full loss, {zeta}", "SGD", _LONG),
+            )
+        ),
+    ),
+    Claim(
+        "N10",
+        _NOISE,
+        "ours",
+        "For them, too, the sequential and the lazy guard do not diverge and are at "
+        "least as good as the fallback late",
+        tuple(
+            test
+            for zeta in _SECOND
+            for guard in ("LGL2O reset, sequential", "LGL2O reset, lazy")
+            for test in (
+                Diverges(_FAILURES, f"{guard}, {zeta}", expected=False),
+                NotWorse(_FAILURES, f"{guard}, {zeta}", "SGD", _LONG),
+            )
+        ),
+    ),
+    Claim(
+        "N11",
+        _NOISE,
+        "ours, on B4",
+        "Two other meta-trained optimizers: the published LGL2O diverges on Circles",
+        tuple(Diverges(_FAILURES, f"LGL2O, {zeta}") for zeta in _SECOND),
     ),
     Claim(
         "S1",

@@ -392,24 +392,21 @@ def _spirals(seed: int) -> Split:
 
 
 def _digits(size: int) -> tuple[Split, Split, int]:
-    """Return scikit-learn's digits as uint8 images of `size` 8 or 28; last 360 test.
+    """Return scikit-learn's digits as uint8 images of `size`, 8 or more; last 360 test.
 
-    The 17 grey levels v become round(255 v / 16). At 28 the picture is resampled
+    The 17 grey levels v become round(255 v / 16). A larger picture is resampled
     bilinearly with pixel centres at half-integers and edges repeated: output pixel i
-    reads position (4 i - 5) / 14, so all weights are multiples of 1/14 and the result
-    is exact in integers.
+    reads position (16 i + 8 - size) / (2 size), so the result is exact in integers.
     """
     digits = importlib.import_module("sklearn.datasets").load_digits()
-    grey = digits.images.astype(np.int64)
-    scale = 1
-    if size == 28:
-        weights = np.zeros((28, 8), dtype=np.int64)
-        for i in range(28):
-            low, fraction = divmod(4 * i - 5, 14)
-            weights[i, min(max(low, 0), 7)] += 14 - fraction
-            weights[i, min(max(low + 1, 0), 7)] += fraction
-        grey = weights @ grey @ weights.T
-        scale = 14 * 14
+    parts = 2 * size
+    weights = np.zeros((size, 8), dtype=np.int64)
+    for i in range(size):
+        low, fraction = divmod(16 * i + 8 - size, parts)
+        weights[i, min(max(low, 0), 7)] += parts - fraction
+        weights[i, min(max(low + 1, 0), 7)] += fraction
+    grey = weights @ digits.images.astype(np.int64) @ weights.T
+    scale = parts * parts
     whole = 16 * scale
     x = ((2 * 255 * grey + whole) // (2 * whole)).astype(np.uint8)[:, None]
     cut = len(x) - 360
@@ -468,6 +465,7 @@ _MADE: dict[str, Callable[[], tuple[Split, Split, int]]] = {
     "spirals": lambda: (_spirals(0), _spirals(1), 2),
     "digits": lambda: _digits(8),
     "digits28": lambda: _digits(28),
+    "digits64": lambda: _digits(64),
 }
 _loaded: dict[tuple[str, str, str], DataSet] = {}
 

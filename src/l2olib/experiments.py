@@ -21,7 +21,19 @@ import torch
 
 from . import claims, records
 from .data import find_root, load
-from .guards import GL2O, LGL2O, Lazy, Margin, Memory, Sequential, Switch
+from .guards import (
+    GL2O,
+    LGL2O,
+    ArithmeticAverage,
+    Geometric,
+    Lazy,
+    Margin,
+    Memory,
+    MovingAverage,
+    RecentMax,
+    Sequential,
+    Switch,
+)
 from .learned.lstm import LSTMOptimizer
 from .metatrain.quadratic import (
     GradientVariance,
@@ -30,7 +42,7 @@ from .metatrain.quadratic import (
     literal_shares,
 )
 from .metatrain.truncated import LearningCurve, MetaTraining, MetaWork
-from .optimizees import MLP, conv3
+from .optimizees import MLP, conv3, conv5
 from .optimizers import SGD, Adam, PowerDecay, constant
 from .records import Record, RecordError
 from .train import Alone, Training, drive, repeatable
@@ -424,16 +436,19 @@ def lgl2o_methods(
 
 
 def trainings(
-    methods: dict[str, Any], weights: str, seeds: int, **setting: Any
+    methods: dict[str, Any], weights: str, seeds: int, first: int = 0, **setting: Any
 ) -> Iterable[tuple[str, Training]]:
-    """One work for each method and replica group; learned roles take ``weights``."""
+    """One work for each method and replica group; learned roles take ``weights``.
+
+    The seeds are ``first``, ``first + 1``, ... (a whole number of groups).
+    """
     replicas = setting.get("replicas", 1)
     for label, method in methods.items():
         roles = [k for k, o in method.optimizers.items() if o.init_meta(0)]
-        for first in range(0, seeds, replicas):
-            group = tuple(range(first, min(first + replicas, seeds)))
+        for start in range(first, first + seeds, replicas):
+            group = tuple(range(start, min(start + replicas, first + seeds)))
             yield (
-                f"{label}/{first // replicas}",
+                f"{label}/{(start - first) // replicas}",
                 Training(
                     method=method,
                     seeds=group,
@@ -552,6 +567,10 @@ CONV3 = {
     "digits28": conv3((1, 28, 28), 10),
     "cifar10": conv3((3, 32, 32), 10),
 }
+CONV5 = {
+    "tiny-imagenet-50": conv5((3, 64, 64), 50),
+    "digits64": conv5((1, 64, 64), 10),
+}
 
 _SMALL = {"batch": 32, "steps": 50, "seeds": 5, "replicas": 5, "audit_every": 1}
 _PAPER = {"steps": 100_000, "seeds": 25, "replicas": 25}
@@ -599,16 +618,162 @@ FIGURES: dict[str, Figure] = {
         },
         {"lr": 1.0, "tau": 20_000.0, "adam": 1e-3},
     ),
+    "lgl2o.fig8": Figure(
+        "tiny-imagenet-50",
+        CONV5,
+        {
+            "smoke": {"data": "digits64", "batch": 32, "steps": 50, "seeds": 1},
+            "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 10},
+            "paper": _PAPER,
+        },
+        {"lr": 0.01, "adam": 1e-3},
+    ),
 }
 """Options are those of :func:`lgl2o_methods`; rates: spec card B, sections 3 and 6."""
 
 
-def _fig9(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
-    figure = FIGURES["lgl2o.fig5"]
+def _over(
+    figure: str, fallbacks: tuple[str, ...], alone: tuple[str, ...] = ()
+) -> Callable[..., Iterable[tuple[str, Any]]]:
+    """LGL2O over each of a figure's hand-crafted optimizers; some of these alone."""
+
+    def build(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+        methods = lgl2o_methods(**FIGURES[figure].options)
+        guards: dict[str, Any] = {
+            f"LGL2O over {k}": LGL2O(LSTM, methods[k].optimizer) for k in fallbacks
+        }
+        guards |= {k: methods[k] for k in alone}
+        return trainings(guards, L2O, **FIGURES[figure].setting(profile, seeds))
+
+    return build
+
+
+FIG10 = [(lr, tau) for lr in (0.01, 0.1, 1.0) for tau in (2_000.0, 10_000.0, TAU)]
+"""Rates and decays of SGD on Conv5. The paper gives its choice, not its grid."""
+
+
+def _fig10(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    grid = {
+        f"SGD lr={lr:g}, tau={tau:g}": Alone(SGD(PowerDecay(lr, tau)))
+        for lr, tau in (FIG10[-2:] if profile == "smoke" else FIG10)
+    }
+    return trainings(grid, L2O, **FIGURES["lgl2o.fig8"].setting(profile, seeds))
+
+
+TUNING = 100
+"""The first of the seeds on which rates are chosen: no other result uses them."""
+
+TAUS = (2_000.0, 5_000.0, 10_000.0, 20_000.0, 50_000.0)
+RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def _grids(profile: str) -> Iterable[tuple[str, Any]]:
+    """The baselines' searches of 300 steps (App. D): tau of SGD, the rate of Adam."""
+    smoke = profile == "smoke"
+    for name in ["lgl2o.fig4"] if smoke else list(FIGURES)[:5]:
+        figure = FIGURES[name]
+        methods = {
+            f"{name} tau={tau:g}": lgl2o_methods(**figure.options | {"tau": tau})["SGD"]
+            for tau in TAUS
+        } | {
+            f"{name} adam={rate:g}": lgl2o_methods(adam=rate)["Adam"] for rate in RATES
+        }
+        setting = figure.setting(profile, 5) | {"replicas": 5}
+        setting["steps"] = 50 if smoke else 300
+        yield from trainings(methods, L2O, first=TUNING, **setting)
+
+
+MOMENTUM = (0.03, 0.1, 0.3, 1.0)
+
+
+def _momentum(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """Fig. 7's SGD with momentum at other rates, over the whole horizon."""
+    figure = FIGURES["lgl2o.fig7"]
+    methods = {"SGD": lgl2o_methods(**figure.options)["SGD"]} | {
+        f"SGD+momentum {lr:g}": lgl2o_methods(**figure.options | {"lr": lr})[
+            "SGD+momentum"
+        ]
+        for lr in (MOMENTUM[:1] if profile == "smoke" else MOMENTUM)
+    }
+    return trainings(methods, L2O, **figure.setting(profile, seeds))
+
+
+def _million(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    figure = FIGURES["lgl2o.fig4"]
+    setting = figure.setting(profile, seeds)
+    if profile != "smoke":
+        setting |= {"steps": 1_000_000, "audit_every": 100}
     methods = lgl2o_methods(**figure.options)
-    fallbacks = {k: methods[k].optimizer for k in ("SGD", "SGD+momentum", "Adam")}
-    guards = {f"LGL2O over {k}": LGL2O(LSTM, f) for k, f in fallbacks.items()}
-    return trainings(guards, L2O, **figure.setting(profile, seeds))
+    chosen = {k: methods[k] for k in ("LGL2O", "SGD", "LGL2O reset, sequential")}
+    return trainings(chosen, L2O, **setting)
+
+
+RULES: dict[str, Any] = {
+    "geometric": Geometric(0.1),
+    "average, weight 0.9": MovingAverage(0.9),
+    "average, weight 0.1": MovingAverage(0.1),
+    "recent term": MovingAverage(1.0),
+    "arithmetic": ArithmeticAverage(),
+    "recent maximum": RecentMax(30),
+}
+"""GL2O's rules for its bar (spec card C, section 3)."""
+
+CONVEX_RATE = 1.0
+"""Step size on the convex problem; its gradient's Lipschitz constant is below 1."""
+
+
+def _convex(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """Softmax regression with the whole of Moons as its batch: convex, without noise.
+
+    There the guards' theorems apply, and the learned optimizer alone does not settle.
+    """
+    setting: dict[str, Any] = {
+        "optimizee": MLP((2, 2)),
+        "data": "moons",
+        "batch": 5_000,
+        "steps": 100 if profile == "smoke" else 2_000,
+        "segment": 10,
+        "audit_every": 1,
+        "seeds": seeds or 10,
+        "replicas": 10,
+    }
+    gd = SGD(constant(CONVEX_RATE))
+    methods: dict[str, Any] = {
+        "L2O": Alone(LSTM),
+        "GD": Alone(gd),
+        "LGL2O exact": LGL2O(LSTM, gd, n_t=1, validation="full"),
+    }
+    methods |= {f"GL2O {name}": GL2O(LSTM, gd, rule) for name, rule in RULES.items()}
+    return trainings(methods, L2O, **setting)
+
+
+ZETAS = {
+    "smoke": (L2O,),
+    "laptop": ("lgl2o-lstm-1", "lgl2o-lstm-2"),
+    "paper": tuple(f"lgl2o-lstm-{k}-paper" for k in range(1, 5)),
+}
+"""The meta-trained optimizers that are not the one of the figures."""
+
+
+def _failures(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """Fig. 4 with the other meta-trained weights: does what it shows depend on them?"""
+    figure = FIGURES["lgl2o.fig4"]
+    setting, methods = figure.setting(profile, seeds), lgl2o_methods(**figure.options)
+    yield from trainings({"SGD": methods["SGD"]}, L2O, **setting)
+    for zeta in ZETAS[profile]:
+        chosen = {
+            f"{name}, {zeta}": methods[name]
+            for name in (
+                "L2O",
+                "LGL2O",
+                "LGL2O reset",
+                "LGL2O reset, sequential",
+                "LGL2O reset, lazy",
+                "LGL2O full loss",
+                "L2O, then SGD",
+            )
+        }
+        yield from trainings(chosen, zeta, **setting)
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -803,10 +968,58 @@ EXPERIMENTS: dict[str, Experiment] = {
             FIGURES["lgl2o.fig7"],
         ),
         Experiment(
+            "lgl2o.fig8",
+            "Tiny-ImageNet-50, Conv5: the same methods",
+            "02b-out-of-distribution",
+            FIGURES["lgl2o.fig8"],
+        ),
+        Experiment(
             "lgl2o.fig9",
             "Spirals: LGL2O over three fallbacks",
             "02b-out-of-distribution",
-            _fig9,
+            _over("lgl2o.fig5", ("SGD", "SGD+momentum", "Adam")),
+        ),
+        Experiment(
+            "lgl2o.fig10",
+            "Tiny-ImageNet-50, Conv5: SGD over rates and decays",
+            "02b-out-of-distribution",
+            _fig10,
+        ),
+        Experiment(
+            "lgl2o.adam",
+            "Circles: LGL2O over Adam beside Adam",
+            "02b-out-of-distribution",
+            _over("lgl2o.fig4", ("Adam",), alone=("Adam",)),
+        ),
+        Experiment(
+            "lgl2o.million",
+            "Circles: a million steps",
+            "02b-out-of-distribution",
+            _million,
+        ),
+        Experiment(
+            "lgl2o.grids",
+            "The baselines' searches of 300 steps, seeds of their own",
+            "02b-out-of-distribution",
+            _grids,
+        ),
+        Experiment(
+            "lgl2o.momentum",
+            "CIFAR-10, Conv3: SGD with momentum at four rates",
+            "02b-out-of-distribution",
+            _momentum,
+        ),
+        Experiment(
+            "lgl2o.convex",
+            "Softmax regression on Moons, whole batches: the guards' theory applies",
+            "04-gradient-guard",
+            _convex,
+        ),
+        Experiment(
+            "ours.guard_failures",
+            "Circles: guards of two other meta-trained optimizers",
+            "05-noisy-criterion",
+            _failures,
         ),
         Experiment(
             "lgl2o.ablations",
