@@ -91,7 +91,8 @@ def test_the_papers_settings():
 
 
 def test_tuning_has_seeds_of_its_own():
-    tuned = {s for r in runs("lgl2o.grids") for s in r.work.seeds}
+    searches = runs("lgl2o.grids") + runs("lgl2o.conv3")
+    tuned = {s for r in searches for s in r.work.seeds}
     assert tuned == set(range(experiments.TUNING, experiments.TUNING + 5))
     for entry in find("lgl2o.fig*") + find("lgl2o.m*") + find("ours.*"):
         for run in entry.runs("laptop"):

@@ -11,6 +11,7 @@ configuration and makes the job that computes it.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
@@ -42,7 +43,7 @@ from .metatrain.quadratic import (
     literal_shares,
 )
 from .metatrain.truncated import LearningCurve, MetaTraining, MetaWork
-from .optimizees import MLP, conv3, conv5
+from .optimizees import ACTIVATIONS, MLP, conv3, conv5
 from .optimizers import SGD, Adam, PowerDecay, constant
 from .records import Record, RecordError
 from .train import Alone, Training, drive, repeatable
@@ -274,6 +275,41 @@ def table() -> str:
         lines.append(
             f"| `{entry.id}` | {entry.title} | {chapter} | {' | '.join(cells)} |"
         )
+    return "\n".join(lines)
+
+
+def settings(profile: str) -> str:
+    """LGL2O's Table 1 and the tables of its App. D, from the table of experiments.
+
+    Markdown: data, network, which of both the L2O has not met in meta-training, and
+    rates of the hand-crafted optimizers. ``profile`` gives steps and seeds.
+    """
+    lines = [
+        "| figure | data | network (parameters) | other than in meta-training | "
+        "SGD: rate, decay τ | fallback: τ | Adam | steps × seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, figure in FIGURES.items():
+        setting = figure.setting(profile)
+        network, methods = setting["optimizee"], lgl2o_methods(**figure.options)
+        if isinstance(network, MLP):
+            shape = f"MLP {'-'.join(map(str, network.sizes))}"
+        else:
+            shape = f"Conv{len(network.channels)}"
+        new = [] if figure.data == "mnist" else ["data"]
+        new += [] if isinstance(network, MLP) else ["network"]
+        sgd, fallback = methods["SGD"].optimizer.lr, methods["LGL2O"].fallback.lr
+        cells = (
+            f"`{name}`",
+            setting["data"],
+            f"{shape} ({network.layout.n:,})",
+            ", ".join(new),
+            f"{sgd.lr0:g}, {sgd.tau:,.0f}",
+            f"{fallback.tau:,.0f}",
+            f"{methods['Adam'].optimizer.lr.lr0:g}",
+            f"{setting['steps']:,} × {setting['seeds']}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -683,6 +719,22 @@ def _grids(profile: str) -> Iterable[tuple[str, Any]]:
         yield from trainings(methods, L2O, first=TUNING, **setting)
 
 
+def _conv3(profile: str) -> Iterable[tuple[str, Any]]:
+    """Does SGD train Conv3 at all? The paper leaves its activation open."""
+    figure = FIGURES["lgl2o.fig6"]
+    setting = figure.setting(profile, 1 if profile == "smoke" else 3)
+    setting["steps"] = 50 if profile == "smoke" else 2_000
+    for activation, lr in itertools.product(ACTIVATIONS, (3.0, 1.0, 0.3)):
+        optimizee = replace(setting["optimizee"], activation=activation)
+        sgd = lgl2o_methods(**figure.options | {"lr": lr})["SGD"]
+        yield from trainings(
+            {f"{activation}, lr={lr:g}": sgd},
+            L2O,
+            first=TUNING,
+            **setting | {"optimizee": optimizee},
+        )
+
+
 MOMENTUM = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -1000,8 +1052,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             "lgl2o.grids",
             "The baselines' searches of 300 steps, seeds of their own",
-            "02b-out-of-distribution",
+            "a2-settings",
             _grids,
+        ),
+        Experiment(
+            "lgl2o.conv3",
+            "MNIST, Conv3: SGD over activations and rates",
+            "a2-settings",
+            _conv3,
         ),
         Experiment(
             "lgl2o.momentum",
