@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2olib.data import train_indices, valid_indices
-from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Switch
+from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Shadow, Switch
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -120,6 +120,26 @@ def test_lazy_keeps_the_rate_of_one_fallback_step(name, alpha):
         rate = 1 - mu / smooth * alpha * (2 - alpha)
         assert after <= rate * before * (1 + 1e-12) + 1e-300
         before = after
+
+
+@pytest.mark.parametrize("n_t", [1, 3])
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+def test_with_a_shadow_it_never_ends_above_the_fallback_alone(name, n_t):
+    """f(x^k) <= f(s^k), s run here from the start (float64), whoever proposes; LGL2O
+    itself does not promise that (dossier, entry 8)."""
+    task = blobs()
+    late = SGD(PowerDecay(0.5, 5.0), momentum=0.9)
+    guard = Shadow(PATHOLOGICAL[name], late, n_t=n_t, validation="full")
+    metas, state = metas_of(guard), guard.init(start_of(task))
+    alone = Alone(late)
+    other = alone.init(start_of(task))
+    for k in range(12):
+        idx = batches(task, n_t, 8, seed=k)
+        other, _ = alone.segment(task, {"optimizer": {}}, other, idx, None)
+        state, trace = guard.segment(task, metas, state, idx, None)
+        below = task.full_loss(state["params"]) - task.full_loss(other["params"])
+        assert below <= 1e-14
+        assert trace["use_shadow"].item() == (below.item() >= 0)
 
 
 def test_contraction_is_attained_when_all_curvatures_are_equal():
@@ -279,7 +299,9 @@ class Plain:
     def __post_init__(self) -> None:
         self.h = self.guard.proposal.init(self.x)
         self.o = self.guard.fallback.init(self.x)
-        self.noise = math.nan
+        self.noise = {"guard": math.nan, "shadow": math.nan}
+        self.s, self.o_s = self.x, self.guard.fallback.init(self.x)
+        self.returns = 0
         self.log: list[tuple[bool, float, float, float]] = []
         self.losses: list[float] = []
 
@@ -289,8 +311,8 @@ class Plain:
         loss = self.task.optimizee.losses(x, (data.x[batch], data.y[batch])).mean()
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
-    def branch(self, role: str, state: Any, idx: Tensor):
-        optimizer, x, losses = self.guard.optimizers[role], self.x, []
+    def branch(self, role: str, state: Any, idx: Tensor, x: Tensor):
+        optimizer, losses = self.guard.optimizers[role], []
         for batch in idx:
             loss, g = self.gradient(x, batch)
             step, state = optimizer.update(self.metas[role], g, state, x, loss=loss)
@@ -304,13 +326,16 @@ class Plain:
         items = self.task.optimizee.losses(x, (data.x[which], data.y[which])).tolist()
         return math.fsum(items) / len(items), items
 
-    def walk(self, test: Sequential, d: list[float], size: int, apart: float) -> bool:
+    def walk(self, who: str, d: list[float], size: int, apart: float) -> bool:
         """Batch after batch until the sum is outside; the noise is the past's."""
+        test = self.guard.test
+        if apart == 0:  # one and the same point: nothing is learned, nothing wins
+            return False
         mean = math.fsum(d) / len(d)
         variance = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / size
         seen = variance / apart**2
-        known = seen if math.isnan(self.noise) else self.noise
-        self.noise = test.memory * known + (1 - test.memory) * seen
+        known = seen if math.isnan(self.noise[who]) else self.noise[who]
+        self.noise[who] = test.memory * known + (1 - test.memory) * seen
         total = 0.0
         for k in range(0, len(d), size):
             total += math.fsum(d[k : k + size]) / size
@@ -318,10 +343,22 @@ class Plain:
                 return total < 0
         return False
 
+    def wins(self, who: str, a: list[float], b: list[float], apart: float, held):
+        """Whether items' losses ``a`` beat ``b`` by the guard's test; the error."""
+        d = [u - v for u, v in zip(a, b, strict=True)]
+        mean = math.fsum(d) / len(d)
+        spread = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / len(d)
+        error = 0.0 if held is None else math.sqrt(spread)
+        if self.guard.test is None:
+            return mean < 0, error
+        if isinstance(self.guard.test, Margin):
+            return mean < -self.guard.test.z * error, error
+        return self.walk(who, d, len(d) // self.guard.n_c, apart), error
+
     def decide(self, idx: Tensor, held: Tensor | None) -> None:
         guard = self.guard
-        y, h_y, losses_y = self.branch("proposal", self.h, idx)
-        z, o_z, losses_z = self.branch("fallback", self.o, idx)
+        y, h_y, losses_y = self.branch("proposal", self.h, idx, self.x)
+        z, o_z, losses_z = self.branch("fallback", self.o, idx, self.x)
         (f_y, items_y), (f_z, items_z) = self.value(y, held), self.value(z, held)
         if isinstance(guard, Lazy):
             f_z, items_z = self.value(self.x, held)
@@ -331,21 +368,11 @@ class Plain:
             gain = -math.fsum((self.gradient(self.x, idx[1])[1] * step).tolist())
             ask = guard.decrease * max(gain, 0.0)
             f_z, items_z = f_z - ask, [v - ask for v in items_z]
-        d = [a - b for a, b in zip(items_y, items_z, strict=True)]
-        mean = math.fsum(d) / len(d)
-        spread = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / len(d)
-        error = 0.0 if held is None else math.sqrt(spread)
         apart, way = math.dist(y, z), math.dist(z, self.x)
-        if guard.test is None:
-            won = f_y < f_z
-        elif isinstance(guard.test, Margin):
-            won = mean < -guard.test.z * error
-        else:
-            won = self.walk(guard.test, d, len(d) // guard.n_c, apart)
+        won, error = self.wins("guard", items_y, items_z, apart, held)
         if guard.radius is not None:
             won = won and apart <= guard.radius * way
-        self.log.append((won, f_y, f_z, error))
-        self.losses += losses_y if won else losses_z
+        losses, h_x = losses_y if won else losses_z, self.h
         clock = self.o.get("step")
         if won:
             self.h = h_y
@@ -365,6 +392,20 @@ class Plain:
             counts = guard.clock == "global" or not won
             self.o["step"] = clock + (guard.n_t if counts else 0)
         self.x = y if won else z
+        if isinstance(guard, Shadow):
+            self.s, self.o_s, losses_s = self.branch("fallback", self.o_s, idx, self.s)
+            kept, alone = items_y if won else items_z, self.value(self.s, held)[1]
+            apart = math.dist(self.x, self.s)
+            if not self.wins("shadow", kept, alone, apart, held)[0]:
+                won, losses = False, losses_s
+                self.x, self.o = self.s, dict(self.o_s)
+                fresh = guard.proposal.init(self.x)
+                self.h = {"carry": self.h, "revert": h_x, "reset": fresh}[
+                    guard.proposal_state
+                ]
+                self.returns += 1
+        self.log.append((won, f_y, f_z, error))
+        self.losses += losses
 
 
 def leaves(state: dict[str, Any]):
@@ -396,6 +437,10 @@ def compare(guard: LGL2O, decisions: int = 8, per_segment: int = 2) -> list[bool
         plain.decide(
             idx[k * guard.n_t : (k + 1) * guard.n_t], None if held is None else held[k]
         )
+    if isinstance(guard, Shadow):
+        assert torch.allclose(state["shadow"]["params"], plain.s, rtol=1e-9)
+        assert int(torch.cat(found["use_shadow"]).sum()) == plain.returns
+        assert 0 < plain.returns < decisions, "both outcomes must occur"
     assert torch.allclose(state["params"], plain.x, rtol=1e-9, atol=1e-12)
     for role, expected in (("proposal", plain.h), ("fallback", plain.o)):
         assert state[role].keys() == expected.keys()
@@ -473,6 +518,27 @@ def test_lazy_equals_the_plain_algorithm(options):
         n_t=3,
         n_c=4,
         **options,
+    )
+    won = compare(guard, 12)
+    assert 0 < sum(won) < len(won), "both outcomes must occur"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"validation": "full"},
+        {"test": Margin(0.3), "proposal_state": "reset"},
+        {"test": Sequential(0.5), "proposal_state": "revert"},
+    ],
+    ids=str,
+)
+def test_shadow_equals_the_plain_algorithm(options):
+    """It beats its shadow at some decisions and returns to it at others."""
+    guard = Shadow(
+        SGD(PowerDecay(1.0, 10.0), momentum=0.7),
+        Adam(PowerDecay(0.3, 5.0)),
+        **{"n_t": 3, "n_c": 4, **options},
     )
     won = compare(guard, 12)
     assert 0 < sum(won) < len(won), "both outcomes must occur"
@@ -692,6 +758,8 @@ class Counted:
         LGL2O(LSTM, GD, n_t=1, validation="full"),
         LGL2O(LSTM, GD, n_t=5, n_c=3, test=Sequential()),
         Lazy(LSTM, GD, n_t=5, n_c=3),
+        Shadow(LSTM, GD, n_t=5, n_c=3),
+        Shadow(LSTM, GD, n_t=2, validation="full"),
     ],
 )
 def test_stated_cost_equals_counted_cost(method):

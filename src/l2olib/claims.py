@@ -1030,14 +1030,22 @@ _RULES = (
 )
 
 
-def _everywhere(guard: str) -> tuple[NotWorse, ...]:
-    """Not worse than both parts at all times, on the five problems of this book."""
-    return (
-        *_both_parts(_FIG3, _EARLY, _MIDDLE, _LATE, guard=guard),
-        *_both_parts(_FIG4, _EARLY, _MIDDLE, _LATE, _LONG, guard=guard),
-        *_both_parts(_FIG5, _EARLY, _MIDDLE, _LATE, _LONG, guard=guard),
-        *_both_parts(_FIG6, _EARLY, _MIDDLE, _LATE, guard=guard),
-        *_both_parts(_FIG7, _EARLY, _MIDDLE, _LATE, guard=guard),
+_WINDOWS = {
+    _FIG3: (_EARLY, _MIDDLE, _LATE),
+    _FIG4: (_EARLY, _MIDDLE, _LATE, _LONG),
+    _FIG5: (_EARLY, _MIDDLE, _LATE, _LONG),
+    _FIG6: (_EARLY, _MIDDLE, _LATE),
+    _FIG7: (_EARLY, _MIDDLE, _LATE),
+}
+
+
+def _everywhere(guard: str, *parts: str) -> tuple[NotWorse, ...]:
+    """Not worse than ``parts`` at all times, on the five problems of this book."""
+    return tuple(
+        NotWorse(figure, guard, part, window)
+        for figure, windows in _WINDOWS.items()
+        for window in windows
+        for part in parts or ("L2O", "SGD")
     )
 
 
@@ -1203,11 +1211,7 @@ LEDGER: tuple[Claim, ...] = (
         "At all times and in all cases LGL2O is as good as or better than its "
         "constituents",
         (
-            *_both_parts("lgl2o.fig3", _EARLY, _MIDDLE, _LATE),
-            *_both_parts("lgl2o.fig4", _EARLY, _MIDDLE, _LATE, _LONG),
-            *_both_parts("lgl2o.fig5", _EARLY, _MIDDLE, _LATE, _LONG),
-            *_both_parts("lgl2o.fig6", _EARLY, _MIDDLE, _LATE),
-            *_both_parts("lgl2o.fig7", _EARLY, _MIDDLE, _LATE),
+            *_everywhere("LGL2O"),
             *_both_parts("lgl2o.fig8", _EARLY, _MIDDLE),
         ),
     ),
@@ -1469,6 +1473,20 @@ LEDGER: tuple[Claim, ...] = (
         "ours, on B4",
         "Two other meta-trained optimizers: the published LGL2O diverges on Circles",
         tuple(Diverges(_FAILURES, f"LGL2O, {zeta}") for zeta in _SECOND),
+    ),
+    Claim(
+        "N12",
+        _NOISE,
+        "ours",
+        "With a shadow LGL2O is at all times as good as or better than its fallback",
+        _everywhere("LGL2O shadow", "SGD"),
+    ),
+    Claim(
+        "N13",
+        _NOISE,
+        "ours",
+        "With a shadow LGL2O is at all times as good as or better than without",
+        _everywhere("LGL2O shadow", "LGL2O"),
     ),
     Claim(
         "S1",

@@ -33,6 +33,7 @@ from .guards import (
     MovingAverage,
     RecentMax,
     Sequential,
+    Shadow,
     Switch,
 )
 from .learned.lstm import LSTMOptimizer
@@ -463,6 +464,9 @@ def lgl2o_methods(
         "LGL2O reset, lazy": Lazy(
             LSTM, fallback, proposal_state="reset", test=Margin(3.0)
         ),
+        "LGL2O shadow": Shadow(
+            LSTM, fallback, proposal_state="reset", test=Margin(3.0)
+        ),
         "L2O, then SGD": Switch(LSTM, fallback, 100),
         "LGL2O of Adam": LGL2O(by_adam, fallback),
     }
@@ -821,6 +825,7 @@ def _failures(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any
                 "LGL2O reset",
                 "LGL2O reset, sequential",
                 "LGL2O reset, lazy",
+                "LGL2O shadow",
                 "LGL2O full loss",
                 "L2O, then SGD",
             )

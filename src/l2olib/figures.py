@@ -31,6 +31,7 @@ _METHODS = {
     "Adam": (_ORANGE, (0, (3, 1, 1, 1)), "P"),
     "LGL2O reset": (_PURPLE, "-", "X"),
     "LGL2O reset, margin": (_BLUE, "-", "p"),
+    "LGL2O shadow": (_SKY, "-", "*"),
 }
 _OTHERS = [
     (_GREY, "--", "*"),

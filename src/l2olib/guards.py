@@ -3,9 +3,10 @@
 :class:`LGL2O` is the loss guard of Premont-Schwarz, Vitku and Feyereisl, "A Simple
 Guard for Learned Optimizers" (ICML 2022). With ``n_t=1`` and ``validation="full"`` it
 is their Algorithm 1, with the defaults their Algorithm 2; a noise-aware ``test``
-(:class:`Margin`, :class:`Sequential`; ours) makes it demand evidence, and
-:class:`Lazy` spares the fallback's branch. Either side may be any
-:class:`~l2olib.optimizers.Optimizer`; NaN and infinity are ordinary inputs.
+(:class:`Margin`, :class:`Sequential`; ours) makes it demand evidence, :class:`Lazy`
+spares the fallback's branch, and :class:`Shadow` also watches the fallback run alone.
+Either side may be any :class:`~l2olib.optimizers.Optimizer`; NaN and infinity are
+ordinary inputs.
 :class:`GL2O` is the residual guard that it was compared with, :class:`Switch` the
 control that guards nothing.
 """
@@ -275,6 +276,7 @@ class LGL2O:
             "valid_fallback": f_z,
             "standard_error": self.error(delta),
             "candidates": torch.stack([y, z]),
+            "kept": torch.where(use, l_y, l_z),
             **more,
         }
         return after | {
@@ -414,6 +416,95 @@ class Lazy(LGL2O):
             forwards=both.forwards,
             depth=both.depth + (1 - accepted) * (self.n_t - 1) / self.n_t,
             flops=both.flops - flops / self.n_t,
+        )
+
+
+@dataclass(frozen=True)
+class Shadow(LGL2O):
+    """A loss guard that also runs its fallback alone, as a shadow, and returns to it.
+
+    LGL2O compares n_t steps from where it stands; a place from which the learned
+    optimizer is better for n_t steps, again and again, may still be a bad one (the
+    book, Spirals). The shadow s is the fallback from x^1, on the same batches, never
+    moved by anything else. After each decision of the guard x+ stays only if it beats
+    s on the decision's validation batches, by the same ``test``; else x becomes s.
+
+    With the full loss therefore f(x^k) <= f(s^k) at every decision: the guarded run is
+    never worse than its fallback ALONE, for any optimizers and any f. With a noisy
+    criterion the excess over f(s^k) is the harm of one decision; it does not add up,
+    because s^k is on offer again each time (ours).
+    """
+
+    @property
+    def traces(self) -> tuple[str, ...]:
+        return (*super().traces, "use_shadow")
+
+    def init(self, params: Tensor) -> State:
+        shadow: State = {"params": params, "optimizer": self.fallback.init(params)}
+        if self.test is not None:
+            shadow["test"] = self.test.init(params)
+        return super().init(params) | {"shadow": shadow}
+
+    def decide(
+        self,
+        task: Task,
+        metas: Metas,
+        state: State,
+        batches: Tensor,
+        held_out: Tensor | None,
+    ) -> tuple[State, Trace]:
+        """Let LGL2O decide, then hold what it kept against the shadow."""
+        shadow: State = {}
+        s, shadow["optimizer"], losses = inner_steps(
+            task,
+            self.fallback,
+            metas["fallback"],
+            state["shadow"]["params"],
+            state["shadow"]["optimizer"],
+            batches,
+        )
+        shadow["params"] = s
+        after, trace = super().decide(task, metas, state, batches, held_out)
+        x, l_x, l_s = after["params"], trace["kept"], self.losses(task, s, held_out)
+        x_ok = l_x.mean().isfinite() & finite(x)
+        s_ok = l_s.mean().isfinite() & finite(s)
+        if self.test is None:
+            better = l_x.mean() < l_s.mean()
+        else:
+            past = state["shadow"]["test"]
+            better, tested, _ = self.test(l_x - l_s, (x - s).norm(), past)
+            shadow["test"] = select(x_ok & s_ok, tested, past)
+        back = s_ok & ~(x_ok & better)
+        lost = {
+            "carry": after["proposal"],
+            "revert": state["proposal"],
+            "reset": self.proposal.init(x),
+        }[self.proposal_state]
+        return after | {
+            "params": torch.where(back, s, x),
+            "proposal": select(back, lost, after["proposal"]),
+            "fallback": select(back, shadow["optimizer"], after["fallback"]),
+            "shadow": shadow,
+        }, trace | {
+            "loss": torch.where(back, losses, trace["loss"]),
+            "use_l2o": trace["use_l2o"] & ~back,
+            "use_shadow": back,
+        }
+
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
+        """As the loss guard's, with a third branch beside its two."""
+        both = super().cost(optimizee, batch, items)
+        evaluated = items if self.validation == "full" else self.n_c * batch
+        return Cost(
+            gradients=both.gradients + 1,
+            forwards=both.forwards + evaluated / batch / self.n_t,
+            depth=both.depth,
+            flops=both.flops
+            + optimizee.flops(batch, gradient=True)
+            + self.fallback.flops(optimizee.layout.n)
+            + optimizee.flops(evaluated) / self.n_t,
         )
 
 
