@@ -28,6 +28,7 @@ from l2olib.train import (
     Alone,
     Training,
     Unfinished,
+    compiled,
     drive,
     log_spaced,
     shares,
@@ -488,3 +489,16 @@ def test_estimates_grow_with_the_work():
     short = work(METHODS["guard"]).seconds()
     assert work(METHODS["guard"], steps=80).seconds() == pytest.approx(2 * short)
     assert work(METHODS["guard"], replicas=4).seconds() > short
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch
+def test_a_process_can_compile_one_job_after_another():
+    """Each is a new function of the same code: Dynamo counts these and gives up."""
+
+    def job(k):
+        return compiled(lambda x: x + k, True)
+
+    limits = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(**limits):
+        for k in range(3):
+            assert torch.equal(job(k)(torch.ones(3)), torch.full((3,), 1.0 + k))

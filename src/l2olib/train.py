@@ -125,7 +125,10 @@ def drive(
 
 def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
     """``torch.compile`` as a flag: the same function, its element-wise work fused."""
-    return torch.compile(function, dynamic=False) if on else function
+    if not on:
+        return function
+    torch.compiler.reset()  # after eight jobs of one process it would give up, silently
+    return torch.compile(function, dynamic=False)
 
 
 # ---- methods -------------------------------------------------------------------------
