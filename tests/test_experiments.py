@@ -316,6 +316,23 @@ def test_curves_join_groups_along_seeds(toy_table):
     assert guard["seconds"].numel() == 2 and (guard["seconds"] >= 0).all()
 
 
+def test_summary_reads_the_last_values(toy_table):
+    record_all("toy.train", "toy.fig")
+    curves = experiments.curves(results("toy.fig", "record"))
+    _, _, *rows, _, note = experiments.summary(curves).splitlines()
+    assert note == "*After 20 steps; losses in nat.*"
+    cells = {r.split(" | ")[0][2:]: r[:-2].split(" | ")[1:] for r in rows}
+    assert list(cells) == list(curves)
+    for name, a in curves.items():
+        last = a["full_loss"][:, -1].median().item()
+        assert float(cells[name][0]) == pytest.approx(last, rel=6e-3)
+    guard = curves["LGL2O"]
+    ends = torch.cat([torch.zeros(1), guard["decisions"]])
+    share = (guard["use_l2o"] * ends.diff()).sum(1).mean() / ends[-1]
+    assert cells["LGL2O"][4] == f"{share:.1%}"
+    assert cells["SGD"][4:] == ["", ""]
+
+
 def test_meta_trainings_of_different_length_stay_apart():
     """Figure 2 has one curve for each pair of meta-training and data set."""
     labels = [r.label for r in runs("lgl2o.fig2")]

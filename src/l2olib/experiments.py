@@ -47,7 +47,7 @@ from .metatrain.truncated import LearningCurve, MetaTraining, MetaWork
 from .optimizees import ACTIVATIONS, MLP, conv3, conv5
 from .optimizers import SGD, Adam, PowerDecay, constant
 from .records import Record, RecordError
-from .train import Alone, Training, drive, repeatable
+from .train import BURN_IN, Alone, Training, drive, repeatable
 
 PROFILES = ("smoke", "laptop", "paper")
 
@@ -384,6 +384,34 @@ def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Ten
                 both = [joined[run.label][name], value]
                 joined[run.label][name] = torch.cat(both)
     return joined
+
+
+def summary(curves: claims.Curves) -> str:
+    """Tabulate (Markdown) where each method ends.
+
+    Medians over seeds of the losses and the error, work of a step, the share of
+    proposals accepted in the whole run, seeds that diverge.
+    """
+    lines = [
+        "| method | training loss | test loss | test error | MFLOP a step | "
+        "accepted | diverges |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, a in curves.items():
+        cells = [f"{a[k][:, -1].median():.3g}" for k in ("full_loss", "test_loss")]
+        cells += [f"{a['test_error'][:, -1].median():.1%}"]
+        cells += [f"{a['flops'].mean() / 1e6:.3g}"]
+        accepted = diverged = ""
+        if "use_l2o" in a:
+            everything = (0, int(a["decisions"][-1]))
+            share = claims.window_mean(a, everything, "use_l2o", "decisions").mean()
+            accepted = f"{share:.1%}"
+        if int(a["steps"][-1]) > BURN_IN:
+            found = claims.divergence(a)[0]
+            diverged = f"{int(found.sum())} of {len(found)}"
+        lines.append(f"| {name} | {' | '.join([*cells, accepted, diverged])} |")
+    end = int(a["steps"][-1])
+    return "\n".join(lines) + f"\n\n*After {end:,} steps; losses in nat.*"
 
 
 def hyperparameters(method: Any) -> int:
