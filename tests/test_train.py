@@ -19,7 +19,7 @@ from problems import SRC, Noise, Stateless, Step, make_toy_data, random_numbers 
 from l2olib import records, train
 from l2olib.data import DataError, find_root, load, train_indices, valid_indices
 from l2olib.experiments import L2O
-from l2olib.guards import LGL2O
+from l2olib.guards import LGL2O, Sequential, Shadow
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -75,6 +75,7 @@ METHODS = {
     "alone": Alone(Adam(PowerDecay(0.1, 5.0))),
     "guard": LGL2O(SMALL, SGD(PowerDecay(0.5, 10.0), 0.9), n_t=5, n_c=2),
     "algorithm 1": LGL2O(SMALL, GD, n_t=1, validation="full"),
+    "shadow": Shadow(SMALL, GD, n_t=5, n_c=2, test=Sequential()),
     "iid": LGL2O(Noise(0.1), GD, n_t=10, n_c=9, validation="iid"),
     "fixed": LGL2O(Noise(0.1), GD, n_t=5, n_c=2, validation="fixed"),
     "no state": LGL2O(Stateless(0.3), Stateless(0.5), n_t=2, n_c=2),

@@ -14,7 +14,7 @@ control that guards nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -161,6 +161,9 @@ class LGL2O:
     test: Margin | Sequential | None = None
     radius: float | None = None
 
+    # What a subclass traces besides. (No super().traces: torch.compile cannot follow.)
+    also: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         for name in ("n_t", "n_c"):
             if getattr(self, name) < 1:
@@ -198,7 +201,8 @@ class LGL2O:
     @property
     def traces(self) -> tuple[str, ...]:
         more = () if self.test is None else self.test.traces
-        return ("use_l2o", "valid_l2o", "valid_fallback", "standard_error", *more)
+        names = ("use_l2o", "valid_l2o", "valid_fallback", "standard_error")
+        return (*names, *more, *self.also)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -435,9 +439,7 @@ class Shadow(LGL2O):
     because s^k is on offer again each time (ours).
     """
 
-    @property
-    def traces(self) -> tuple[str, ...]:
-        return (*super().traces, "use_shadow")
+    also = ("use_shadow",)
 
     def init(self, params: Tensor) -> State:
         shadow: State = {"params": params, "optimizer": self.fallback.init(params)}
