@@ -145,3 +145,16 @@ def test_comparison_draws_methods_and_the_deciding_guard() -> None:
     (share,) = low.lines
     assert share.get_xdata().tolist() == [10, 100, 1_000]
     assert share.get_ydata().tolist() == [1.0, 0.5, pytest.approx(0.1)]
+
+
+def test_a_training_can_be_drawn_against_what_it_costs() -> None:
+    points = np.array([10, 100])
+    cost = {"flops": np.array([3.0]), "seconds": np.array([0.1, 0.3])}
+    guard = {"steps": points, "smooth": np.ones((2, 2)), "decisions": points // 10}
+    guard |= cost | {"use_l2o": np.ones((2, 2))}
+    for against, ends in (("steps", 100), ("work", 300), ("seconds", 20)):
+        figures.comparison({"G": guard}, ["G"], "G", against)
+        top, low = plt.gcf().axes
+        assert top.lines[0].get_xdata()[-1] == pytest.approx(ends)
+        assert low.lines[0].get_xdata()[-1] == pytest.approx(ends)
+        assert low.get_xlabel() == figures.AXES[against]

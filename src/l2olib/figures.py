@@ -178,14 +178,32 @@ def band(ax: Axes, steps: ArrayLike, values: ArrayLike, name: str) -> None:
     )
 
 
+AXES = {"steps": "step", "work": "work (FLOP)", "seconds": "processor time (s)"}
+"""What a training can be drawn against, and how that axis is labelled."""
+
+
+def progress(arrays: Mapping[str, Any], steps: Any, against: str = "steps") -> Any:
+    """``steps`` of a method as a place on one of `AXES`: itself, or what they cost.
+
+    arrays: one method's, as `experiments.curves` gives them (``flops`` and measured
+    ``seconds`` of a step and seed).
+    """
+    if against == "steps":
+        return steps
+    return steps * float(arrays["flops" if against == "work" else "seconds"].mean())
+
+
 def comparison(
-    curves: Mapping[str, Mapping[str, Any]], methods: Iterable[str], deciding: str
+    curves: Mapping[str, Mapping[str, Any]],
+    methods: Iterable[str],
+    deciding: str,
+    against: str = "steps",
 ) -> None:
     """Draw the training losses of ``methods``, and below, who decided in one guard.
 
     curves: arrays by method, as `experiments.curves` gives them. ``deciding`` is the
-    guard whose share of accepted proposals is shown (1: all, 0: none). Of more than 200
-    recorded points every other one is drawn.
+    guard whose share of accepted proposals is shown (1: all, 0: none); ``against`` one
+    of `AXES`. Of more than 200 recorded points every other one is drawn.
     """
     _, (top, low) = figure(2, 1, height=2.7, sharex=True)
 
@@ -194,14 +212,16 @@ def comparison(
         return x[::every], y[:, ::every]
 
     for name in methods:
-        band(top, *thin(curves[name]["steps"], curves[name]["smooth"]), name)
+        at = progress(curves[name], curves[name]["steps"], against)
+        band(top, *thin(at, curves[name]["smooth"]), name)
     top.set(xscale="log", yscale="log", ylabel="training loss (nat)")
     top.legend(ncols=2)
     guard = curves[deciding]
     interval = int(guard["steps"][-1]) // int(guard["decisions"][-1])
-    band(low, *thin(guard["decisions"] * interval, guard["use_l2o"]), deciding)
+    at = progress(guard, guard["decisions"] * interval, against)
+    band(low, *thin(at, guard["use_l2o"]), deciding)
     low.set(
-        xlabel="step",
+        xlabel=AXES[against],
         ylabel=f"share of decisions\n{deciding} gives to the L2O",
         ylim=(-0.05, 1.05),
     )
