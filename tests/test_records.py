@@ -141,9 +141,6 @@ def test_spec_refuses_what_json_cannot_say(value):
         spec(value)
 
 
-# ---- states --------------------------------------------------------------------------
-
-
 def test_a_field_added_later_leaves_older_configurations_as_they_were():
     @dataclass(frozen=True)
     class Work:
@@ -159,6 +156,9 @@ def test_a_field_added_later_leaves_older_configurations_as_they_were():
     assert spec(Work(3)) == spec(Work(3, 0)) == old
     assert spec(Work(3, 2)) == old | {"sample": 2}
     assert Work(3) != Work(3, 2)
+
+
+# ---- states --------------------------------------------------------------------------
 
 
 def test_flatten_round_trip():

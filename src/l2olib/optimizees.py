@@ -538,7 +538,10 @@ class Task:
     optimizee: Any
     data: DataSet
     chunk: int = 2_000
-    """Items a full-data pass handles at once (memory only, the value is a sum)."""
+    """Items a full-data pass handles at once. Memory only, the value is a sum; but with
+    batch norm it is also the batch whose statistics are used."""
+    sample: int = 0
+    """Full-data passes take this many items of a split, its first ones (0: all)."""
     _value_and_grad: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -576,9 +579,10 @@ class Task:
 
     def _over(self, split: Split, params: Tensor, per_item: Any) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=params.device)
-        for start in range(0, len(split), self.chunk):
-            stop = min(start + self.chunk, len(split))
+        count = min(self.sample or len(split), len(split))
+        for start in range(0, count, self.chunk):
+            stop = min(start + self.chunk, count)
             idx = torch.arange(start, stop, device=params.device)
             values = per_item(params, split.items(idx, params.dtype))
             total = total + values.double().sum()
-        return total / len(split)
+        return total / count
