@@ -748,8 +748,15 @@ def _on_tasks(curves: Curves, tasks: Sequence[str], method: str) -> dict[str, Ar
     return found
 
 
-def _on(tasks: Sequence[str]) -> str:
-    return f"on {tasks[0]}" if len(tasks) == 1 else f"on {len(tasks)} tasks"
+def _of(tasks: Sequence[str], low: float, high: float = 1.0) -> str:
+    """How many of the tasks, for a reader."""
+    if low == high == 1:
+        return f"all {len(tasks)} tasks"
+    if high == 1:
+        return f"at least {low:.0%} of {len(tasks)} tasks"
+    if low == 0:
+        return f"at most {high:.0%} of {len(tasks)} tasks"
+    return f"{low:.0%} to {high:.0%} of {len(tasks)} tasks"
 
 
 @dataclass(frozen=True)
@@ -787,11 +794,9 @@ class Wins:
         return Outcome(self.share[0] <= found <= self.share[1], None, text)
 
     def __str__(self) -> str:
-        low, high = self.share
         verb = "below" if self.within == 1 else f"within {self.within - 1:.0%} of"
-        return (
-            f"{self.method} ends {verb} {self.reference} {_on(self.tasks)}: in "
-            f"{low:.0%} to {high:.0%}"
+        return f"{self.method} ends {verb} {self.reference} on " + _of(
+            self.tasks, *self.share
         )
 
 
@@ -822,7 +827,7 @@ class DivergesOn:
 
     def __str__(self) -> str:
         verb = "diverges" if self.expected else "does not diverge"
-        return f"{self.method} {verb} {_on(self.tasks)}, at least {self.share:.0%}"
+        return f"{self.method} {verb} on {_of(self.tasks, self.share)}"
 
 
 @dataclass(frozen=True)
@@ -854,7 +859,7 @@ class Descends:
 
     def __str__(self) -> str:
         names = " or ".join(self.methods)
-        return f"{names} descends to the end {_on(self.tasks)}"
+        return f"{names} descends to the end on {_of(self.tasks, 1.0)}"
 
 
 def _range(window: Window) -> str:
