@@ -178,6 +178,17 @@ def test_full_loss_is_the_mean_over_all_items(chunk):
     assert torch.allclose(task.full_loss(params), expected, rtol=1e-14)
 
 
+def test_a_sample_is_the_first_items():
+    task = blobs()
+    params = task.optimizee.init(0).double()
+    first = task.loss(params, torch.arange(20))
+    for chunk in (1, 7, 1000):
+        part = Task(task.optimizee, task.data, chunk, sample=20)
+        assert torch.allclose(part.full_loss(params), first, rtol=1e-14)
+    whole = Task(task.optimizee, task.data, sample=1000)
+    assert torch.equal(whole.full_loss(params), task.full_loss(params))
+
+
 def test_quadratic():
     hessian = ((2.0, 0.5), (0.5, 1.0))
     quadratic = Quadratic(hessian, (1.0, -2.0), (0.25, 0.0))
