@@ -98,6 +98,15 @@ def test_a_loss_that_was_not_finite_never_wins(toy_data):
     assert best(torch.tensor([[torch.nan, 3.0, 4.0]])) == 1, "not tried"
 
 
+def test_a_tuning_without_a_finite_trial_chooses_nothing():
+    chosen = Chosen("toy.tune", "T/0", toy())
+    scores = torch.full((1, 6), torch.inf)
+    with pytest.raises(RecordError, match="no trial of toy.tune T/0 stayed finite"):
+        chosen.settle(scores, 20)
+    scores[0, 2] = 9.0
+    assert chosen.settle(scores, 20) == LADDER[2]
+
+
 def test_a_tuning_resumes_to_the_same_scores(toy_data, tmp_path: Path):
     work, path = toy((1, 2)), tmp_path / "c"
     whole = scores_of(work)

@@ -940,8 +940,9 @@ def _sized(
 def _baselines(name: str, task: GeneralizationTask, profile: str) -> dict[str, Chosen]:
     """Adam and NAdamW as ``star.tune`` chooses them for a task."""
     plan = TUNING[profile]
-    setting = _sized(task, profile, plan.get("seeds", 1)) | {"evaluations": 1}
+    setting = _sized(task, profile, plan.get("seeds", 1))
     setting["steps"] = round(setting["steps"] * plan.get("share", 1.0))
+    setting |= {"evaluations": 1, "sample": setting["batch"]}  # only training decides
     setting.pop("replicas", None)
     bracket = () if profile == "paper" else MIDDLE
     draws = nadamw_draws(plan["draws"], setting["steps"])

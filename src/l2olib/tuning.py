@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .optimizers import AdamW, CosineDecay, NAdamW, Optimizer, State, constant
+from .records import RecordError
 from .train import Alone, Cost, Metas, Training, TrainingJob
 
 FIRST_SEED = 1_000
@@ -163,7 +164,15 @@ class Chosen:
         return self.tuning.method.cost(optimizee, batch, items, accepted)
 
     def settle(self, scores: Tensor, steps: int) -> Any:
-        """The best candidate; a schedule that has an end is stretched to ``steps``."""
+        """The best candidate; a schedule that has an end is stretched to ``steps``.
+
+        RecordError if no trial stayed finite.
+        """
+        if not scores.double().mean(0).isfinite().any():
+            raise RecordError(
+                f"no trial of {self.experiment} {self.name} stayed finite: give it "
+                "other candidates"
+            )
         method = self.tuning.candidates[best(scores)]
         changed = {}
         for role, optimizer in method.optimizers.items():
