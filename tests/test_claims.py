@@ -17,7 +17,9 @@ from l2olib.claims import (
     Breaks,
     Cheaper,
     Claim,
+    Descends,
     Diverges,
+    DivergesOn,
     FewerHyperparameters,
     GoesWith,
     Inside,
@@ -37,7 +39,9 @@ from l2olib.claims import (
     Stuck,
     Switching,
     TimesSlower,
+    Wins,
     divergence,
+    ending,
     holm,
     judge,
     sign_flip,
@@ -512,6 +516,73 @@ def test_near_optimum_and_times_slower():
         NearOptimum("f", ("A",), 100)({"A": descent(100, seeds=4)})
 
 
+def on_tasks(*levels: float, method: str = "A", seeds: int = 6, fall: float = 0.0):
+    """Runs on tasks "0", "1", ... at these levels, each task on another scale."""
+    steps = torch.linspace(1, 0, 1_000)
+    return {
+        f"{k}, {method}": run((level * 10**k * (1 + fall * steps)).expand(seeds, -1))
+        for k, level in enumerate(levels)
+    }
+
+
+def test_the_ending_is_the_last_tenth():
+    losses = torch.cat([torch.full((1, 800), 5.0), torch.full((1, 200), 2.0)], 1)
+    assert ending(run(losses)).item() == pytest.approx(2.0)
+    losses[0, -1] = torch.nan
+    assert ending(run(losses)).item() == math.inf
+
+
+def test_wins_counts_tasks_whatever_their_scale():
+    five = ("0", "1", "2", "3", "4")
+    curves = on_tasks(1.0, 1.0, 1.0, 1.0, 1.04)
+    curves |= on_tasks(1.1, 1.1, 1.1, 1.1, 1.0, method="B")
+    nearly = Wins("f", five, "A", "B", (0.8, 1.0))
+    assert nearly(curves).passed and nearly(curves).measured == "80% of tasks, not 4"
+    assert not replace(nearly, share=(0.9, 1.0))(curves).passed
+    assert replace(nearly, share=(0.9, 1.0), within=1.05)(curves).passed
+    # The negative control: labels swapped, and a draw with oneself.
+    swapped = replace(nearly, method="B", reference="A")
+    assert not swapped(curves).passed
+    assert replace(swapped, share=(0.0, 0.5))(curves).passed
+    assert not replace(nearly, reference="A")(curves).passed
+    # What is not finite loses to what is, and to its like.
+    curves["0, A"] = run(torch.full((6, 1_000), torch.nan))
+    assert nearly(curves).measured == "60% of tasks, not 0, 4"
+    curves["0, B"] = curves["0, A"]
+    assert nearly(curves).measured == "60% of tasks, not 0, 4"
+    with pytest.raises(NotTestable, match="no record of 5, A"):
+        replace(nearly, tasks=(*five, "5"))(curves)
+    few = on_tasks(1.0, seeds=4) | on_tasks(1.1, seeds=4, method="B")
+    with pytest.raises(NotTestable, match="4 seeds are fewer"):
+        replace(nearly, tasks=("0",))(few)
+
+
+def test_divergence_on_tasks():
+    up = on_tasks(1.0, 1.0, 1.0, fall=-0.9)
+    flat_ones = on_tasks(1.0, 1.0, 1.0, method="B")
+    curves, tasks = up | flat_ones, ("0", "1", "2")
+    test = DivergesOn("f", tasks, "A")
+    assert test(curves).passed and test(curves).measured == "diverges on 0, 1, 2"
+    assert not replace(test, method="B")(curves).passed
+    assert replace(test, method="B", expected=False)(curves).passed
+    assert not replace(test, expected=False)(curves).passed
+    curves["2, A"] = flat_ones["2, B"]
+    assert not test(curves).passed
+    assert replace(test, share=0.6)(curves).passed
+
+
+def test_descends_takes_the_better_of_its_methods_on_each_task():
+    tasks = ("0", "1")
+    curves = on_tasks(1.0, 1.0, fall=0.5) | on_tasks(1.0, 1.0, method="B", fall=-0.5)
+    assert Descends("f", tasks, ("A",))(curves).passed
+    assert not Descends("f", tasks, ("B",))(curves).passed
+    curves["1, A"] = run(torch.full((6, 1_000), 20.0))
+    assert not Descends("f", tasks, ("A",))(curves).passed
+    assert Descends("f", tasks, ("A",))(curves).measured.endswith("not 1")
+    falling = on_tasks(0.5, 0.5, method="C", fall=0.5)
+    assert Descends("f", tasks, ("A", "C"))(curves | falling).passed
+
+
 def claim(*tests, name="X1") -> Claim:
     return Claim(name, "chapter", "source", "statement", tests)
 
@@ -625,7 +696,7 @@ def test_the_ledger_holds_the_claims_of_these_figures():
     ids = [c.id for c in LEDGER]
     assert len(ids) == len(set(ids))
     assert {"B1", "B2", "B3", *(f"B{k}" for k in range(12, 17))} <= set(ids)
-    assert {f"S{k}" for k in range(1, 5)} <= set(ids)
+    assert {f"S{k}" for k in (*range(1, 5), 9, 10, 11, 16, 21)} <= set(ids)
     for one in LEDGER:
         assert one.tests, one.id
         assert all(str(test) and "<" not in str(test) for test in one.tests)

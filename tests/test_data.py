@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import zipfile
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,13 +24,20 @@ SHAPES = {
     "fashion-mnist": (60000, 10000, (1, 28, 28), 10),
     "cifar10": (50000, 10000, (3, 32, 32), 10),
     "tiny-imagenet-50": (25000, 2500, (3, 64, 64), 50),
+    "tiny-imagenet-50-32": (25000, 2500, (3, 32, 32), 50),
+    "wikitext-2-4096x32": (65269, 7674, (32,), 4096),
+    "wikitext-2-4096x64": (32634, 3837, (64,), 4096),
+    "wikitext-2-32100x32": (65269, 7674, (32,), 32100),
+    "wikitext-2-32100x128": (16317, 1918, (128,), 32100),
     "circles": (5000, 5000, (2,), 2),
     "moons": (5000, 5000, (2,), 2),
     "spirals": (5000, 5000, (2,), 2),
     "digits": (1437, 360, (1, 8, 8), 10),
     "digits28": (1437, 360, (1, 28, 28), 10),
     "digits64": (1437, 360, (1, 64, 64), 10),
+    "descriptions-256x16": (320, 80, (16,), 256),
 }
+TEXTS = [name for name in SHAPES if name.startswith(("wikitext", "descriptions"))]
 # Only arrays made of integers: the last bit of a sine may differ between machines.
 CHECKSUMS = {
     "mnist": "161dcace219dfb88ab6f7453772016287aca31a8e383c4e7092f4db60aad5f66",
@@ -340,6 +348,10 @@ def test_shapes_ranges_and_classes(name: str) -> None:
     for split in (loaded.train, loaded.test):
         assert split.x.shape == (len(split), *item)
         assert split.x.is_contiguous() and split.y.dtype == torch.int64
+        if name in TEXTS:
+            assert split.x.dtype == torch.int64 and split.y.shape == split.x.shape
+            assert 0 == split.x.min() and split.x.max() < classes
+            continue
         counts = split.y.bincount()
         assert counts.numel() == classes
         if name == "mnist" or "digits" in name:  # the only unbalanced ones
@@ -351,6 +363,8 @@ def test_shapes_ranges_and_classes(name: str) -> None:
             assert split.x.min() == 0 and split.x.max() == 255
         else:
             assert split.x.dtype == torch.float32 and split.x.isfinite().all()
+    if name in TEXTS:  # no word of the vocabulary is missing from the training text
+        assert loaded.train.y.unique().numel() == classes
     assert data.load(name, download=False) is loaded
     if name in CHECKSUMS:
         assert loaded.checksum == CHECKSUMS[name]
@@ -380,6 +394,53 @@ def test_tiny_imagenet_pictures_and_labels_match_their_files() -> None:
             with Image.open(files[position]) as picture:
                 expected = np.asarray(picture.convert("RGB"))
             assert (split.x[item].permute(1, 2, 0).numpy() == expected).all()
+
+
+@pytest.mark.realdata
+def test_the_smaller_tiny_imagenet_holds_means_of_four_pixels() -> None:
+    large, small = real(data._TINY), real(f"{data._TINY}-32")
+    for whole, half in ((large.train, small.train), (large.test, small.test)):
+        assert torch.equal(whole.y, half.y)
+        some = slice(None, None, 997)
+        mean = F.avg_pool2d(whole.x[some].double(), 2)
+        assert torch.equal(half.x[some], (mean + 0.5).floor().to(torch.uint8))
+
+
+def test_words_are_numbered_by_frequency_and_cut_into_items() -> None:
+    words = data._words("b a <unk> a\n\nc b  a\n")
+    assert words == ["b", "a", "<unk>", "a", "<eos>", "<eos>", "c", "b", "a", "<eos>"]
+    train, test, classes = data._language(words, ["a", "d", "c", "a"], 4, 2)
+    # <eos> and a: three times; b: twice; c does not fit into four words.
+    number = {"<unk>": 0, "<eos>": 1, "a": 2, "b": 3, "c": 0}
+    tokens = [number[word] for word in words]
+    assert classes == 4
+    assert train.x.flatten().tolist() == tokens[:8]
+    assert train.y.flatten().tolist() == tokens[1:9]
+    assert train.x.shape == train.y.shape == (4, 2)
+    assert (test.x.tolist(), test.y.tolist()) == ([[2, 0]], [[0, 0]])
+
+
+@pytest.mark.realdata
+def test_wikitext_is_the_published_text() -> None:
+    """Counts of the set's readme, and its first words."""
+    loaded = real("wikitext-2-32100x128")
+    folder = raw("text/wikitext-2") / "text" / "wikitext-2"
+    words = data._words((folder / "train.txt").read_text(encoding="utf-8"))
+    assert len(words) == 2_051_910 + 36_718
+    assert len(set(words)) == 33_277 + 1  # and the end of a line
+    assert words[:7] == ["<eos>", "=", "Valkyria", "Chronicles", "III", "=", "<eos>"]
+    [(first, count)] = Counter(words).most_common(1)
+    assert first == "the" and count == (loaded.train.y == 1).sum().item()
+
+
+@pytest.mark.realdata
+def test_damaged_text_is_refused_by_name(tmp_path: Path) -> None:
+    source = raw("text/wikitext-2") / "text" / "wikitext-2"
+    shutil.copytree(source, tmp_path / "text" / "wikitext-2")
+    flip(tmp_path / "text" / "wikitext-2" / "test.txt", 1000)
+    with pytest.raises(DataError, match=r"test\.txt is damaged \(sha256") as caught:
+        data.load("wikitext-2-4096x32", root=tmp_path, download=False)
+    assert "python -m l2olib data wikitext-2-4096x32" in str(caught.value)
 
 
 def test_point_sets_have_the_published_geometry() -> None:
@@ -448,13 +509,14 @@ def test_items_leave_points_unscaled_and_text_whole() -> None:
     points = data.load("circles").train
     x, _ = points.items(torch.tensor([5, 2]), torch.float64)
     assert torch.equal(x, points.x[[5, 2]].double())
-    text = data.Split(torch.arange(12).view(4, 3), torch.arange(4))
-    x, _ = text.items(torch.tensor([3]))
+    text = data.Split(torch.arange(12).view(4, 3), torch.arange(1, 13).view(4, 3))
+    x, y = text.items(torch.tensor([3]))
     assert x.dtype == torch.int64 and x.tolist() == [[9, 10, 11]]
+    assert y.tolist() == [[10, 11, 12]] and len(text) == 4
 
 
 @devices
-@pytest.mark.parametrize("name", ["digits", "spirals"])
+@pytest.mark.parametrize("name", ["digits", "spirals", "descriptions-256x16"])
 def test_batched_indices_under_vmap_equal_a_loop(name: str, device: str) -> None:
     split = data.load(name, device=device).train
     idx = torch.stack(
@@ -639,7 +701,9 @@ def test_the_full_tiny_imagenet_archive_gives_fifty_classes(tmp_path: Path) -> N
 # ---------------------------------------------------------------- fetching
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", data._TINY])
+@pytest.mark.parametrize(
+    "name", ["mnist", "fashion-mnist", "cifar10", data._TINY, "wikitext-2-4096x32"]
+)
 def test_missing_data_says_what_to_do(fresh: Path, name: str) -> None:
     with pytest.raises(DataError) as caught:
         data.load(name, download=False)
@@ -649,7 +713,8 @@ def test_missing_data_says_what_to_do(fresh: Path, name: str) -> None:
     assert f"python -m l2olib data {name}" in said
     assert str(fresh / "from-env") in said
     assert str(fresh / "repository" / "data" / "raw") in said
-    assert "'digits28'" in said and "\n" not in said
+    stand_in = "descriptions-256x16" if name in TEXTS else "digits28"
+    assert f"{stand_in!r}" in said and "\n" not in said
 
 
 def test_an_explicit_folder_is_the_only_one_looked_in(fresh: Path) -> None:
@@ -659,7 +724,9 @@ def test_an_explicit_folder_is_the_only_one_looked_in(fresh: Path) -> None:
     assert "from-env" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", data._TINY])
+@pytest.mark.parametrize(
+    "name", ["mnist", "fashion-mnist", "cifar10", data._TINY, "wikitext-2-4096x32"]
+)
 def test_without_a_network_nothing_stands_in(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -694,7 +761,9 @@ def test_fetch_unpacks_from_a_shared_folder_beside_the_repository(
     assert data.fetch(["fashion-mnist", data._TINY], fresh / "a") == fresh / "a"
     assert (fresh / "a" / "asked").read_text() == "fashion tiny"
     assert data.fetch() == fresh / "from-env"
-    assert (fresh / "from-env" / "asked").read_text() == "mnist fashion cifar10 tiny"
+    assert (
+        fresh / "from-env" / "asked"
+    ).read_text() == "mnist fashion cifar10 tiny text"
     # Sets that are computed need no files.
     data.fetch(["spirals"], fresh / "b")
     assert not (fresh / "b").exists()

@@ -17,6 +17,7 @@ from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, constant
 from l2olib.records import Record, RecordError
 from l2olib.train import Alone, Training
+from l2olib.tuning import FIRST_SEED
 
 
 def runs(name: str, profile: str = "laptop", **options):
@@ -93,7 +94,7 @@ def test_the_papers_settings():
 def test_tuning_has_seeds_of_its_own():
     searches = runs("lgl2o.grids") + runs("lgl2o.conv3")
     tuned = {s for r in searches for s in r.work.seeds}
-    assert tuned == set(range(experiments.TUNING, experiments.TUNING + 5))
+    assert tuned == set(range(FIRST_SEED, FIRST_SEED + 5))
     for entry in find("lgl2o.fig*") + find("lgl2o.m*") + find("ours.*"):
         for run in entry.runs("laptop"):
             assert not tuned & set(getattr(run.work, "seeds", ()))
@@ -110,6 +111,7 @@ def test_smoke_runs_need_no_download():
                 "moons",
                 "circles",
                 "spirals",
+                "descriptions-256x16",
             )
 
 
@@ -122,6 +124,97 @@ def test_unknown_ids_and_profiles_are_refused():
         runs("lgl2o.fig3", "huge")
     families = ("lgl2o.*", "star.*", "ours.*")
     assert {e.id for f in families for e in find(f)} == set(EXPERIMENTS)
+
+
+# ---- STAR's generalization tasks -----------------------------------------------------
+
+GENERALIZATION = ("star.fig4", "star.appfig5", "star.appfig6")
+
+
+def test_tasks_and_methods_of_star():
+    """The issue's sizes; labels are those that the claims read."""
+    tasks, kinds = {}, set()
+    for name in GENERALIZATION:
+        labels = {r.label for r in runs(name)}
+        methods = {label.split(", ")[1] for label in labels}
+        assert methods == {
+            "STAR 0.1", "STAR 0.5", "Blackbox", "Hyperparam", "Adam", "NAdamW"
+        }  # fmt: skip
+        found = {label.split(", ")[0] for label in labels}
+        assert found == set(claims._TASKS[name])
+        assert labels == {f"{t}, {m}" for t in found for m in methods}
+        for run in runs(name):
+            task = tasks.setdefault(run.label.split(", ")[0], run.work)
+            # Methods of a task are paired, but for what they are.
+            own = {"method": task.method, "weights": {}, "seeds": task.seeds}
+            assert replace(run.work, **own) == replace(task, **own)
+            kinds.add(type(task.optimizee))
+    assert len(tasks) >= 12 and len(kinds) >= 4
+    assert [w.steps for w in tasks.values()].count(10_000) == 6
+    assert {w.steps for w in tasks.values()} == {2_000, 10_000}
+    assert tasks["Transformer"].optimizee.layout.n == 6_050_560
+    paper = {r.label: r.work for r in runs("star.fig4", "paper")}
+    assert paper["Transformer, Adam"].optimizee.layout.n == 20_416_612
+    assert {w.steps for w in paper.values()} == {10_000}
+    assert set(paper["LSTM, Blackbox"].weights.values()) == {"blackbox-mlp-paper"}
+    read = [
+        (t.experiment, t.method, t.reference)
+        for c in claims.LEDGER
+        for t in c.tests
+        if isinstance(t, claims.Lower) and t.experiment in GENERALIZATION
+    ]
+    for name, *labels in read:
+        assert set(labels) <= {r.label for r in runs(name)}
+
+
+@pytest.mark.parametrize("profile", ["laptop", "paper"])
+def test_baselines_are_tuned_on_other_seeds(profile):
+    tunings = {r.name: r for r in runs("star.tune", profile)}
+    for name in GENERALIZATION:
+        for run in runs(name, profile):
+            if run.tuning is None:
+                assert run.label.split(", ")[1] not in ("Adam", "NAdamW")
+                continue
+            there, work = tunings[run.tuning.name], run.tuning.work
+            assert there.work == work and there.path == run.tuning.path
+            assert (work.optimizee, work.data) == (run.work.optimizee, run.work.data)
+            assert work.batch == run.work.batch
+            assert not set(work.group) & set(run.work.group)
+            assert run.state() in (f"needs star.tune {there.name}", "missing", "done")
+            trials = len(work.candidates)
+            assert trials == (15 if "NAdamW" not in there.name else
+                              20 if profile == "laptop" else 100)  # fmt: skip
+
+
+@pytest.fixture
+def fresh_weights(tmp_path, monkeypatch):
+    """STAR and its neighbours as they are before meta-training."""
+    monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
+    for make, name in experiments.LEARNED.values():
+        optimizer = make(MLP((2, 2)).layout)
+        arrays = {f"meta.{k}": v for k, v in optimizer.init_meta(0).items()}
+        config = {"work": {"optimizer": records.spec(optimizer)}}
+        path = tmp_path / "data" / "optimizers" / f"{name}.safetensors"
+        Record(config, arrays, {}).save(path)
+
+
+def test_every_kind_of_task_runs_offline(fresh_weights):
+    """Smoke, with STAR as it is before meta-training, and one tuned baseline."""
+    chosen = {
+        "star.fig4": ["ResNet", "LSTM", "Transformer", "MLP layer norm"],
+        "star.appfig6": ["Autoencoder MNIST", "ConvNet", "MLP squared error"],
+    }
+    for name, tasks in chosen.items():
+        labels = [f"{t}, {m}" for t in tasks for m in ("STAR 0.5", "NAdamW")]
+        found = results(name, "smoke", only=labels)
+        assert {run.label for run, _ in found} == set(labels)
+        for run, record in found:
+            assert record.arrays["loss"].shape == (1, run.work.steps)
+            assert record.arrays["loss"][0, 0].isfinite()
+            nothing = run.label.startswith("Autoencoder")
+            assert record.arrays["test_error"].isnan().all() == nothing
+    ((_, trials),) = results("star.tune", "smoke", only=["MLP wide, Adam"])
+    assert trials.arrays["scores"].isfinite().sum() >= 3
 
 
 # ---- states of a run -----------------------------------------------------------------

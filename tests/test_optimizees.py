@@ -1,6 +1,7 @@
 """Optimizees: layout, initial distribution, losses, gradients and counted work."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,29 @@ from problems import blobs, data_set, random_numbers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2olib.optimizees import MLP, ConvNet, Layout, Quadratic, Task, conv3, conv5
+from l2olib.language import LSTMLanguageModel, TransformerLanguageModel
+from l2olib.optimizees import (
+    MLP,
+    ConvNet,
+    Layout,
+    Quadratic,
+    ResNet,
+    Task,
+    conv3,
+    conv5,
+    conv_star,
+    same_padding,
+)
+
+CUT_NORMAL = {"start": "truncated normal"}
+STAR_NETWORKS = {
+    "layer norm": (MLP((6, 5, 4, 3), "tanh", norm="layer", **CUT_NORMAL), (6,)),
+    "batch norm": (MLP((6, 5, 4, 3), "relu", norm="batch", **CUT_NORMAL), (6,)),
+    "squared error": (MLP((6, 5, 3), "relu", loss="squared error"), (6,)),
+    "autoencoder": (MLP((6, 2, 6), "relu", loss="reconstruction"), (6,)),
+    "conv star": (conv_star((3, 9, 10), 3), (3, 9, 10)),
+    "resnet": (ResNet((2, 15, 16), 5, (8, 12), 3), (2, 15, 16)),
+}
 
 NETWORKS = {
     "mlp": (MLP((784, 20, 10)), (1, 28, 28)),
@@ -155,6 +178,17 @@ def test_full_loss_is_the_mean_over_all_items(chunk):
     assert torch.allclose(task.full_loss(params), expected, rtol=1e-14)
 
 
+def test_a_sample_is_the_first_items():
+    task = blobs()
+    params = task.optimizee.init(0).double()
+    first = task.loss(params, torch.arange(20))
+    for chunk in (1, 7, 1000):
+        part = Task(task.optimizee, task.data, chunk, sample=20)
+        assert torch.allclose(part.full_loss(params), first, rtol=1e-14)
+    whole = Task(task.optimizee, task.data, sample=1000)
+    assert torch.equal(whole.full_loss(params), task.full_loss(params))
+
+
 def test_quadratic():
     hessian = ((2.0, 0.5), (0.5, 1.0))
     quadratic = Quadratic(hessian, (1.0, -2.0), (0.25, 0.0))
@@ -183,3 +217,233 @@ def test_work_equals_what_torch_counts(name):
     with FlopCounterMode(display=False) as both:
         task.loss_and_grad(params, idx)
     assert optimizee.flops(4, gradient=True) == both.get_total_flops()
+
+
+# ---- the networks of STAR's tasks ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizee", "n"),
+    [
+        (MLP((784, 128, 128, 10), "relu", **CUT_NORMAL), 118_282),
+        (MLP((3072, 128, 128, 128, 10), "relu", norm="layer", **CUT_NORMAL), 428_426),
+        (MLP((3072, 128, 128, 128, 10), "relu", norm="batch", **CUT_NORMAL), 428_426),
+        (MLP((3072, 128, 128, 128, 10), "tanh", **CUT_NORMAL), 427_658),
+        (MLP((3072, 256, 256, 10), "relu"), 855_050),
+        (conv_star((3, 32, 32), 10), 56_970),
+        (conv_star((3, 32, 32), 100), 62_820),
+        (ResNet((3, 32, 32), 5, (128, 256, 512, 512), 1000), 1_557_416),
+        (ResNet((3, 32, 32), 3, (128, 256, 512, 512), 1000), 1_554_344),
+        (ResNet((3, 32, 32), 5, (256, 512, 512, 1024), 1000), 3_535_400),
+        (LSTMLanguageModel(32_100, 32), 12_753_252),
+        (LSTMLanguageModel(259, 32), 494_467),
+        (LSTMLanguageModel(259, 32, embedding=64, hidden=128), 149_059),
+        (TransformerLanguageModel(32_100, 128), 20_416_612),
+    ],
+)
+def test_parameter_counts_of_stars_tasks(optimizee, n):
+    """As the spec card lists them (there rounded: 1.56M, 12.75M, 20.42M, ...)."""
+    assert optimizee.layout.n == n
+
+
+class TorchMLP(nn.Module):
+    """An MLP of torch.nn layers, norms included, that takes a layout's tensors."""
+
+    def __init__(self, optimizee: MLP, p: dict[str, torch.Tensor]):
+        super().__init__()
+        sizes, norm = optimizee.sizes, optimizee.norm
+        act = {"relu": nn.ReLU, "tanh": nn.Tanh}[optimizee.activation]
+        kinds = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+        parts: list[nn.Module] = []
+        for i in range(len(sizes) - 1):
+            linear = nn.Linear(sizes[i], sizes[i + 1])
+            linear.weight.data, linear.bias.data = p[f"w{i}"].T, p[f"b{i}"]
+            parts.append(linear)
+            if i < len(sizes) - 2:
+                if norm in kinds:
+                    layer = kinds[norm](sizes[i + 1])
+                    layer.weight.data = p[f"n{i}scale"]
+                    layer.bias.data = p[f"n{i}offset"]
+                    parts.append(layer)
+                parts.append(act())
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, x):
+        return self.parts(x)
+
+
+def conv_of(kernel: torch.Tensor, stride: int, size: tuple[int, int]) -> nn.Module:
+    """A torch convolution with TensorFlow's padding at this input size."""
+    k, _, a, b = kernel.shape
+    conv = nn.Conv2d(a, b, k, stride, bias=False)
+    conv.weight.data = kernel.movedim((3, 2), (0, 1))
+    pads = [same_padding(s, k, stride) for s in reversed(size)]
+    return nn.Sequential(nn.ZeroPad2d([x for pair in pads for x in pair]), conv)
+
+
+def torch_conv(optimizee, p, x):
+    for i, stride in enumerate(optimizee.strides):
+        x = conv_of(p[f"k{i}"], stride, x.shape[2:])(x) + p[f"b{i}"][:, None, None]
+        x = x.relu()
+    return nn.AdaptiveAvgPool2d(1)(x).flatten(1) @ p["w"] + p["b"]
+
+
+def torch_resnet(optimizee, p, x):
+    """The same network from torch.nn modules in training mode."""
+
+    def active(x, name):
+        norm = nn.BatchNorm2d(x.shape[1]).double().train()
+        norm.weight.data, norm.bias.data = p[f"{name}scale"], p[f"{name}offset"]
+        return norm(x).relu()
+
+    x = conv_of(p["first"], 2, x.shape[2:])(x)
+    assert tuple(x.shape[2:]) == (8, 8), "even: the odd zero comes after"
+    x = nn.MaxPool2d(3, 2, ceil_mode=True)(x)
+    for k in range(len(optimizee.channels)):
+        stride = 2 if k else 1
+        h = active(x, f"g{k}n0")
+        short = conv_of(p[f"g{k}shortcut"], stride, h.shape[2:])(h)
+        h = active(conv_of(p[f"g{k}k0"], 1, h.shape[2:])(h), f"g{k}n1")
+        h = active(conv_of(p[f"g{k}k1"], stride, h.shape[2:])(h), f"g{k}n2")
+        x = short + conv_of(p[f"g{k}k2"], 1, h.shape[2:])(h)
+    return active(x, "last").mean((2, 3)) @ p["w"] + p["b"]
+
+
+def perturbed(optimizee, seed: int = 3) -> torch.Tensor:
+    """Initial parameters, moved so that scales and zeros show."""
+    start = optimizee.init(seed).double()
+    return start + 0.1 * random_numbers(seed, len(start))
+
+
+@pytest.mark.parametrize("name", STAR_NETWORKS)
+def test_stars_networks_equal_torch_modules(name):
+    optimizee, shape = STAR_NETWORKS[name]
+    x, y = items(shape, 3, 7)
+    params = perturbed(optimizee)
+    p = optimizee.layout.views(params)
+    if isinstance(optimizee, MLP):
+        out = TorchMLP(optimizee, p).double()(x)
+    else:
+        build = torch_resnet if isinstance(optimizee, ResNet) else torch_conv
+        out = build(optimizee, p, x)
+    if name == "autoencoder":
+        expected = nn.MSELoss(reduction="none")(out.sigmoid(), x).mean(1)
+        assert optimizee.errors(params, (x, y)).isnan().all()
+    else:
+        if name == "squared error":
+            hot = torch.eye(3, dtype=torch.float64)[y]
+            expected = nn.MSELoss(reduction="none")(out, hot).mean(1)
+        else:
+            expected = nn.CrossEntropyLoss(reduction="none")(out, y)
+        wrong = (out.argmax(1) != y).double()
+        assert torch.equal(optimizee.errors(params, (x, y)), wrong)
+    assert torch.allclose(
+        optimizee.losses(params, (x, y)), expected, rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", STAR_NETWORKS)
+def test_gradients_of_stars_networks_equal_finite_differences(name):
+    optimizee, shape = STAR_NETWORKS[name]
+    check_gradient(optimizee, items(shape, 3, 7))
+
+
+def check_gradient(optimizee, batch) -> None:
+    """Along random directions, central differences of the loss in float64."""
+    params = perturbed(optimizee)
+    task = Task(optimizee, data_set(*batch))
+    idx = torch.arange(len(batch[0]))
+    _, grad = task.loss_and_grad(params, idx)
+    for k in range(4):
+        v, h = random_numbers(k, len(params)) / len(params) ** 0.5, 1e-6
+        up, down = (task.loss(params + s * h * v, idx) for s in (1, -1))
+        assert grad @ v == pytest.approx((up - down).item() / (2 * h), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", STAR_NETWORKS)
+def test_stars_networks_under_vmap_equal_a_loop(name):
+    optimizee, shape = STAR_NETWORKS[name]
+    check_vmap(optimizee, items(shape, 3, 7))
+
+
+def check_vmap(optimizee, batch) -> None:
+    task = Task(optimizee, data_set(*batch))
+    params = torch.stack([perturbed(optimizee, seed) for seed in (1, 2)])
+    idx = torch.tensor([[0, 1, 2, 3], [6, 5, 1, 0]])
+    together = torch.func.vmap(task.loss_and_grad)(params, idx)
+    alone = [task.loss_and_grad(*one) for one in zip(params, idx, strict=True)]
+    for values, separate in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.allclose(values, torch.stack(separate), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["layer norm", "conv star", "resnet"])
+def test_stars_networks_compile_whole(name):
+    """No graph break, whatever is read first inside (see Layout)."""
+    optimizee, shape = STAR_NETWORKS[name]
+    check_compiles(replace(optimizee), items(shape, 3, 7))
+
+
+def check_compiles(optimizee, batch) -> None:
+    task, idx = Task(optimizee, data_set(*batch)), torch.arange(4)
+    params = perturbed(optimizee)
+    whole = torch.compile(task.loss_and_grad, backend="eager", fullgraph=True)
+    for found, expected in zip(
+        whole(params, idx), task.loss_and_grad(params, idx), strict=True
+    ):
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", STAR_NETWORKS)
+def test_work_of_stars_networks_equals_what_torch_counts(name):
+    optimizee, shape = STAR_NETWORKS[name]
+    check_work(optimizee, items(shape, 3, 4))
+
+
+def check_work(optimizee, batch) -> None:
+    params, idx = optimizee.init(0).double(), torch.arange(len(batch[0]))
+    task = Task(optimizee, data_set(*batch))
+    with FlopCounterMode(display=False) as forward:
+        task.losses(params, idx)
+    assert optimizee.flops(len(idx)) == forward.get_total_flops()
+    with FlopCounterMode(display=False) as both:
+        task.loss_and_grad(params, idx)
+    assert optimizee.flops(len(idx), gradient=True) == both.get_total_flops()
+
+
+def test_truncated_start():
+    """Deviation 0.88/sqrt(fan-in), cut at two; biases 0, scales 1, ResNet's end 0."""
+    net = MLP((400, 50, 10), "relu", norm="layer", **CUT_NORMAL)
+    views = net.layout.views(net.init(0))
+    w = views["w0"]
+    assert w.abs().max() <= 2 / 20 and w.abs().max() > 1.99 / 20
+    assert w.std().item() == pytest.approx(0.8796 / 20, rel=0.02)
+    assert views["n0scale"].eq(1).all()
+    for name in ("b0", "n0offset", "b1"):
+        assert views[name].eq(0).all()
+    resnet = ResNet((3, 32, 32), 3, (8,), 10)
+    x = random_numbers(0, 2, 3, 32, 32)
+    assert resnet.logits(resnet.init(0).double(), x).eq(0).all()
+
+
+def test_padding_that_keeps_the_size():
+    assert same_padding(32, 3, 1) == (1, 1)
+    assert same_padding(32, 3, 2) == (0, 1)
+    assert same_padding(32, 5, 2) == (1, 2)
+    assert same_padding(15, 3, 2) == (1, 1)
+    assert same_padding(8, 1, 2) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: MLP((2, 2), "swish"), "activation is 'swish': choose from 'sigmoid'"),
+        (lambda: MLP((2, 2), norm="rms"), "norm is 'rms': choose from 'none', 'layer'"),
+        (lambda: MLP((2, 2), norm="layer"), "with norms starts 'truncated normal'"),
+        (lambda: MLP((2, 3), loss="reconstruction"), "must equal its first"),
+        (lambda: MLP((2, 3), loss="hinge"), "loss is 'hinge': choose from 'cross"),
+        (lambda: TransformerLanguageModel(9, 4, width=6, heads=4), "multiple of the 4"),
+    ],
+)
+def test_impossible_networks_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

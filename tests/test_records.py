@@ -141,6 +141,23 @@ def test_spec_refuses_what_json_cannot_say(value):
         spec(value)
 
 
+def test_a_field_added_later_leaves_older_configurations_as_they_were():
+    @dataclass(frozen=True)
+    class Work:
+        steps: int
+
+    old = spec(Work(3))
+
+    @dataclass(frozen=True)
+    class Work:  # noqa: F811
+        steps: int
+        sample: int = records.later(0)
+
+    assert spec(Work(3)) == spec(Work(3, 0)) == old
+    assert spec(Work(3, 2)) == old | {"sample": 2}
+    assert Work(3) != Work(3, 2)
+
+
 # ---- states --------------------------------------------------------------------------
 
 

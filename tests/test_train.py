@@ -303,6 +303,21 @@ def test_recorded_losses_are_those_before_each_step(toy_data):
     assert arrays["marks"].tolist() == [10, 20, 30, 40]
 
 
+def test_looks_may_take_a_sample(toy_data):
+    """The first items of each split, in batches of the training's size; nothing else
+    changes."""
+    config = work(METHODS["alone"])
+    whole, some = outcome(config), outcome(replace(config, sample=20))
+    for name in ("loss", "bin_mean", "smooth"):
+        assert torch.equal(whole[name], some[name])
+    job = replace(config, sample=20, steps=10).job("cpu", False, {"optimizer": {}})
+    params = job.advance(job.start())["method"]["params"]
+    for row, x in enumerate(params):
+        first = job.task.loss(x, torch.arange(20)).item()
+        assert some["full_loss"][row, 0].item() == pytest.approx(first, rel=1e-6)
+    assert not torch.equal(whole["full_loss"], some["full_loss"])
+
+
 def test_full_losses_are_those_after_the_marked_step(toy_data):
     config = work(Alone(GD), seeds=(0,), replicas=1)
     arrays = outcome(config)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STAND_IN = "digits28"
+STAND_INS = {"images": "digits28", "text": "descriptions-256x16"}
 Device = torch.device | str
 
 
@@ -48,7 +49,7 @@ class Split:
     """Hold one split of a data set.
 
     x: uint8 [N, C, H, W] for images, float32 [N, d] for point sets, int64 [N, T] for
-    text; y: int64 [N].
+    text; y: int64, classes [N] or, for text, the word after each word of x [N, T].
     """
 
     x: Tensor
@@ -60,7 +61,7 @@ class Split:
     def items(
         self, idx: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Gather the items `idx` [...] as inputs [..., *item] and labels [...].
+        """Gather the items `idx` [...] as inputs [..., *item] and labels [..., *label].
 
         Images become `dtype` in [0, 1] (x / 255), point sets `dtype`; text stays
         int64. `idx` may be batched by `torch.func.vmap`.
@@ -362,6 +363,95 @@ def _pixel_digest(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _read_tiny32(root: Path) -> tuple[Split, Split, int]:
+    """Return the pictures at 32x32: each pixel the rounded mean of 2x2."""
+    *splits, classes = _read_tiny(root)
+    train, test = (Split(_halved(split.x), split.y) for split in splits)
+    return train, test, classes
+
+
+def _halved(x: Tensor) -> Tensor:
+    quarters = (x[..., i::2, j::2].short() for i in (0, 1) for j in (0, 1))
+    return (sum(quarters, torch.tensor(2, dtype=torch.int16)) // 4).to(torch.uint8)
+
+
+# ---------------------------------------------------------------- text
+
+UNKNOWN, END = "<unk>", "<eos>"
+
+_WIKITEXT = "text/wikitext-2"
+_WIKITEXT_URL = (
+    "https://raw.githubusercontent.com/pytorch/examples/main/"
+    "word_language_model/data/wikitext-2/"
+)
+_WIKITEXT_FILES = {  # sha256
+    "train.txt": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+    "test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+}
+
+
+def _words(text: str) -> list[str]:
+    """Split at white space; every line ends with the word END."""
+    return [word for line in text.splitlines() for word in (*line.split(), END)]
+
+
+def _language(
+    train: list[str], test: list[str], vocabulary: int, length: int
+) -> tuple[Split, Split, int]:
+    """Number the words and cut both texts into items of `length` words.
+
+    Word 0 is UNKNOWN; then come the most frequent words of the training text, equally
+    frequent ones in the order of their letters. An item's labels are its words moved
+    on by one, so the last is the first word of the next item; the rest is dropped.
+    """
+    counts = Counter(word for word in train if word != UNKNOWN)
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    number = {word: k for k, word in enumerate(ranked[: vocabulary - 1], start=1)}
+
+    def split(words: list[str]) -> Split:
+        tokens = torch.tensor([number.get(word, 0) for word in words])
+        end = (len(tokens) - 1) // length * length
+        x, y = tokens[:end], tokens[1 : end + 1]
+        return Split(x.view(-1, length), y.reshape(-1, length).contiguous())
+
+    return split(train), split(test), vocabulary
+
+
+def _download_wikitext(root: Path) -> None:
+    utils = importlib.import_module("torchvision.datasets.utils")
+    for file in _WIKITEXT_FILES:
+        utils.download_url(_WIKITEXT_URL + file, str(root / _WIKITEXT))
+
+
+def _read_wikitext(
+    vocabulary: int, length: int, root: Path
+) -> tuple[Split, Split, int]:
+    texts = {}
+    for file, expected in _WIKITEXT_FILES.items():
+        path = root / _WIKITEXT / file
+        found = _sha256(path)
+        if found != expected:
+            raise _Damaged(f"{path} is damaged (sha256 {found}, expected {expected})")
+        texts[file] = _words(path.read_text(encoding="utf-8"))
+    return _language(texts["train.txt"], texts["test.txt"], vocabulary, length)
+
+
+def _descriptions() -> tuple[Split, Split, int]:
+    """Return the descriptions that scikit-learn ships of its data sets, as text.
+
+    The last fifth of their words, in the order of file names, is the test split.
+    """
+    resources = importlib.import_module("importlib.resources")
+    folder = resources.files("sklearn.datasets") / "descr"
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".rst")),
+        key=lambda file: file.name,
+    )
+    words = [w for file in files for w in _words(file.read_text(encoding="utf-8"))]
+    cut = len(words) * 4 // 5
+    return _language(words[:cut], words[cut:], 256, 16)
+
+
 # ---------------------------------------------------------------- made here
 
 
@@ -425,6 +515,7 @@ class _Files:
     needs: tuple[str, ...]  # files and folders below the data folder
     read: Callable[[Path], tuple[Split, Split, int]]
     download: Callable[[Path], None]
+    kind: str = "images"
 
     def missing(self, folder: Path) -> list[str]:
         return [need for need in self.needs if not (folder / need).exists()]
@@ -436,6 +527,16 @@ def _idx_files(unpack: str, name: str) -> _Files:
         tuple(f"{name}/raw/{file}" for file in _IDX[name]),
         partial(_read_idx, name),
         partial(_download_idx, name),
+    )
+
+
+def _wikitext(vocabulary: int, length: int) -> _Files:
+    return _Files(
+        "text",
+        tuple(f"{_WIKITEXT}/{file}" for file in _WIKITEXT_FILES),
+        partial(_read_wikitext, vocabulary, length),
+        _download_wikitext,
+        "text",
     )
 
 
@@ -458,6 +559,14 @@ _FILES = {
     _TINY: _Files(
         "tiny", (f"{_TINY}/train", f"{_TINY}/val"), _read_tiny, _download_tiny
     ),
+    f"{_TINY}-32": _Files(
+        "tiny", (f"{_TINY}/train", f"{_TINY}/val"), _read_tiny32, _download_tiny
+    ),
+    # Words in the vocabulary x words in an item.
+    "wikitext-2-4096x32": _wikitext(4_096, 32),
+    "wikitext-2-4096x64": _wikitext(4_096, 64),
+    "wikitext-2-32100x32": _wikitext(32_100, 32),
+    "wikitext-2-32100x128": _wikitext(32_100, 128),
 }
 _MADE: dict[str, Callable[[], tuple[Split, Split, int]]] = {
     "circles": lambda: (_circles(0), _circles(1), 2),
@@ -466,6 +575,7 @@ _MADE: dict[str, Callable[[], tuple[Split, Split, int]]] = {
     "digits": lambda: _digits(8),
     "digits28": lambda: _digits(28),
     "digits64": lambda: _digits(64),
+    "descriptions-256x16": _descriptions,
 }
 _loaded: dict[tuple[str, str, str], DataSet] = {}
 
@@ -530,7 +640,7 @@ def _read(
         f"data set {name!r} is missing ({needs} not in "
         f"{' or '.join(map(str, folders))}; {reason}): run "
         f"`python -m l2olib data {name}`, or put these by hand into {folders[0]}, or "
-        f"ask explicitly for the small stand-in {STAND_IN!r}"
+        f"ask explicitly for the small stand-in {STAND_INS[source.kind]!r}"
     )
 
 
@@ -554,13 +664,15 @@ def fetch(names: Iterable[str] = (), root: str | Path | None = None) -> Path:
     shared = _shared()
     if shared is not None and wanted:
         command = [sys.executable, str(shared / "unpack.py"), "--out", str(folder)]
-        command += [_FILES[name].unpack for name in wanted]
+        command += dict.fromkeys(_FILES[name].unpack for name in wanted)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = " ".join(done.stderr.split()[-20:])
             raise _Unobtainable(f"{shared / 'unpack.py'} failed: {reason}")
         return folder
     for name in wanted:
+        if not _FILES[name].missing(folder):
+            continue  # several sets are made of the same files
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _timeout(30):

@@ -12,15 +12,17 @@ place, where the convolution is called.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .data import DataSet, Split
+from .records import later
 
 Batch = tuple[Tensor, Tensor]
 
@@ -93,15 +95,108 @@ class Optimizee(Protocol):
         ...
 
 
-def _uniform_fan_in(
-    shape: tuple[int, ...], fan_in: int, gen: torch.Generator
-) -> Tensor:
-    """PyTorch's default for Linear and Conv, weight and bias: U(-1/sqrt(fan_in), +)."""
-    bound = 1 / math.sqrt(fan_in)
-    return (torch.rand(shape, generator=gen, dtype=torch.float64) * 2 - 1).mul_(bound)
+# ---- what several networks share -----------------------------------------------------
 
+Start = Literal["uniform", "truncated normal"]
+Norm = Literal["none", "layer", "batch"]
+Loss = Literal["cross entropy", "squared error", "reconstruction"]
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
+
+
+def _check(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{name} is {value!r}: choose from " + ", ".join(map(repr, allowed))
+        )
+
+
+def uniform_start(layout: Layout, seed: int) -> Tensor:
+    """PyTorch's default for Linear and Conv, weight and bias: U(-1/sqrt(fan_in), +).
+
+    A vector is the bias of the weight before it.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    tensors, bound = {}, 1.0
+    for name, shape in layout.shapes.items():
+        if len(shape) > 1:
+            bound = 1 / math.sqrt(math.prod(shape[:-1]))
+        draw = torch.rand(shape, generator=gen, dtype=torch.float64)
+        tensors[name] = (draw * 2 - 1).mul_(bound)
+    return layout.flatten(tensors).float()
+
+
+def truncated_normal(shape: Sequence[int], s: float, gen: torch.Generator) -> Tensor:
+    """Draw a normal of deviation ``s`` cut at two of them, float64 (the cut lowers the
+    deviation to 0.88 s)."""
+    w = torch.empty(*shape, dtype=torch.float64)
+    return torch.nn.init.trunc_normal_(w, 0.0, s, -2 * s, 2 * s, generator=gen)
+
+
+def truncated_start(
+    layout: Layout, seed: int, deviations: Mapping[str, float] | None = None
+) -> Tensor:
+    """STAR's tasks (Haiku's defaults): weights :func:`truncated_normal`, biases zero.
+
+    A weight has the deviation 1/sqrt(fan-in) unless ``deviations`` names another; the
+    scales of normalisations, whose names end in "scale", start at one.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in layout.shapes.items():
+        if len(shape) > 1:
+            s = (deviations or {}).get(name, 1 / math.sqrt(math.prod(shape[:-1])))
+            tensors[name] = truncated_normal(shape, s, gen) if s else torch.zeros(shape)
+        else:
+            tensors[name] = torch.full(shape, float(name.endswith("scale")))
+    return layout.flatten({k: v.double() for k, v in tensors.items()}).float()
+
+
+STARTS = {"uniform": uniform_start, "truncated normal": truncated_start}
+
+
+def normalized(
+    x: Tensor, axes: int | tuple[int, ...], scale: Tensor, offset: Tensor
+) -> Tensor:
+    """Shift and scale ``x`` to mean 0, variance 1 over ``axes``, then by parameters.
+
+    Over the feature axis this is layer norm; over all but the features it is batch norm
+    with the statistics of the batch (running ones would be state, which a loss that is
+    a pure function of parameters and batch cannot have).
+    """
+    centered = x - x.mean(axes, keepdim=True)
+    variance = centered.square().mean(axes, keepdim=True)
+    return centered * (variance + 1e-5).rsqrt() * scale + offset
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after so that ``ceil(size / stride)`` positions come out.
+
+    The odd one goes after (as in TensorFlow and JAX).
+    """
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def padded(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
+    """Pad images ``[B, C, H, W]`` as :func:`same_padding` says."""
+    high, wide = (same_padding(size, kernel, stride) for size in x.shape[2:])
+    return F.pad(x, (*wide, *high), value=value)
+
+
+def convolved(
+    x: Tensor, kernel: Tensor, stride: int, bias: Tensor | None = None
+) -> Tensor:
+    """Convolve padded ``x [B, C, H, W]`` with ``kernel [kh, kw, in, out]``."""
+    return F.conv2d(x, kernel.permute(3, 2, 0, 1), bias, stride=stride)
+
+
+def work(items: int, layers: Sequence[int], gradient: bool) -> int:
+    """FLOP of layers of so many multiply-adds an item; see :meth:`Optimizee.flops`."""
+    return 2 * items * (3 * sum(layers) - layers[0] if gradient else sum(layers))
+
+
+# ---- networks for pictures and points ------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -124,13 +219,31 @@ class _Classifier:
 
 @dataclass(frozen=True)
 class MLP(_Classifier):
-    """Fully connected classifier, e.g. ``MLP((784, 20, 10))`` (LGL2O, App. D).
+    """Fully connected network, e.g. ``MLP((784, 20, 10))`` (LGL2O, App. D).
 
-    Inputs of any shape ``[B, ...]`` are flattened to ``[B, sizes[0]]``.
+    Inputs of any shape ``[B, ...]`` are flattened to ``[B, sizes[0]]``. STAR's tasks
+    start ``truncated normal``, may normalise before each activation, and may have
+    another loss than the classifier's: ``squared error`` is the mean over classes of
+    the squared distance to the one-hot label; ``reconstruction``, of an autoencoder
+    whose last size is its first, the mean over pixels of the squared distance between
+    the input and the sigmoid of the output.
     """
 
     sizes: tuple[int, ...]
     activation: str = "sigmoid"
+    norm: Norm = later("none")
+    loss: Loss = later("cross entropy")
+    start: Start = later("uniform")
+
+    def __post_init__(self) -> None:
+        _check("activation", self.activation, ACTIVATIONS)
+        _check("norm", self.norm, get_args(Norm))
+        _check("loss", self.loss, get_args(Loss))
+        _check("start", self.start, STARTS)
+        if self.norm != "none" and self.start == "uniform":
+            raise ValueError("a network with norms starts 'truncated normal'")
+        if self.loss == "reconstruction" and self.sizes[0] != self.sizes[-1]:
+            raise ValueError("an autoencoder's last size must equal its first")
 
     @cached_property
     def layout(self) -> Layout:
@@ -138,15 +251,12 @@ class MLP(_Classifier):
         for i, (a, b) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
             shapes[f"w{i}"] = (a, b)
             shapes[f"b{i}"] = (b,)
+            if self.norm != "none" and i < len(self.sizes) - 2:
+                shapes[f"n{i}scale"] = shapes[f"n{i}offset"] = (b,)
         return Layout(shapes)
 
     def init(self, seed: int) -> Tensor:
-        gen = torch.Generator().manual_seed(seed)
-        tensors = {
-            name: _uniform_fan_in(shape, self.sizes[int(name[1:])], gen)
-            for name, shape in self.layout.shapes.items()
-        }
-        return self.layout.flatten(tensors).float()
+        return STARTS[self.start](self.layout, seed)
 
     def logits(self, params: Tensor, x: Tensor) -> Tensor:
         p = self.layout.views(params)
@@ -155,20 +265,42 @@ class MLP(_Classifier):
         for i in range(depth):
             h = torch.addmm(p[f"b{i}"], h, p[f"w{i}"])
             if i < depth - 1:
+                if self.norm != "none":
+                    axis = 0 if self.norm == "batch" else -1
+                    h = normalized(h, axis, p[f"n{i}scale"], p[f"n{i}offset"])
                 h = ACTIVATIONS[self.activation](h)
         return h
 
+    def losses(self, params: Tensor, batch: Batch) -> Tensor:
+        if self.loss == "cross entropy":
+            return super().losses(params, batch)
+        x, y = batch
+        out = self.logits(params, x)
+        if self.loss == "reconstruction":
+            out, target = torch.sigmoid(out), x.flatten(1)
+        else:
+            classes = torch.arange(self.sizes[-1], device=y.device)
+            target = (y[:, None] == classes).to(out.dtype)
+        return (out - target).square().mean(1)
+
+    def errors(self, params: Tensor, batch: Batch) -> Tensor:
+        if self.loss == "reconstruction":  # nothing is classified
+            return torch.full_like(self.losses(params, batch), torch.nan)
+        return super().errors(params, batch)
+
     def flops(self, items: int, gradient: bool = False) -> int:
         layers = [a * b for a, b in zip(self.sizes, self.sizes[1:], strict=False)]
-        return 2 * items * (3 * sum(layers) - layers[0] if gradient else sum(layers))
+        return work(items, layers, gradient)
 
 
 @dataclass(frozen=True)
 class ConvNet(_Classifier):
-    """Strided convolutions without pooling or padding, then one linear layer.
+    """Strided convolutions, then one linear layer.
 
     LGL2O's Conv3 and Conv5 (section 4 and App. D; padding, batch norm and activation
     are open in the paper: none, none and sigmoid here, see the spec in the book).
+    STAR's networks have ``same`` padding, the mean over all positions (``pool``) before
+    the linear layer, and start ``truncated normal``.
     """
 
     image: tuple[int, int, int]
@@ -178,6 +310,13 @@ class ConvNet(_Classifier):
     strides: tuple[int, ...]
     classes: int
     activation: str = "sigmoid"
+    same: bool = later(False)
+    pool: bool = later(False)
+    start: Start = later("uniform")
+
+    def __post_init__(self) -> None:
+        _check("activation", self.activation, ACTIVATIONS)
+        _check("start", self.start, STARTS)
 
     @cached_property
     def spatial(self) -> tuple[tuple[int, int], ...]:
@@ -185,7 +324,10 @@ class ConvNet(_Classifier):
         h, w = self.image[1:]
         out = []
         for k, s in zip(self.kernels, self.strides, strict=True):
-            h, w = (h - k) // s + 1, (w - k) // s + 1
+            if self.same:
+                h, w = -(-h // s), -(-w // s)
+            else:
+                h, w = (h - k) // s + 1, (w - k) // s + 1
             out.append((h, w))
         return tuple(out)
 
@@ -197,26 +339,24 @@ class ConvNet(_Classifier):
             shapes[f"k{i}"] = (k, k, fan, c)
             shapes[f"b{i}"] = (c,)
             fan = c
-        shapes["w"] = (fan * math.prod(self.spatial[-1]), self.classes)
+        positions = 1 if self.pool else math.prod(self.spatial[-1])
+        shapes["w"] = (fan * positions, self.classes)
         shapes["b"] = (self.classes,)
         return Layout(shapes)
 
     def init(self, seed: int) -> Tensor:
-        gen = torch.Generator().manual_seed(seed)
-        tensors, fan_in = {}, 0
-        for name, shape in self.layout.shapes.items():
-            if len(shape) > 1:  # a bias shares the fan-in of the weight before it
-                fan_in = math.prod(shape[:-1])
-            tensors[name] = _uniform_fan_in(shape, fan_in, gen)
-        return self.layout.flatten(tensors).float()
+        return STARTS[self.start](self.layout, seed)
 
     def logits(self, params: Tensor, x: Tensor) -> Tensor:
         p = self.layout.views(params)
-        for i, stride in enumerate(self.strides):
-            kernel = p[f"k{i}"].permute(3, 2, 0, 1)
-            x = F.conv2d(x, kernel, p[f"b{i}"], stride=stride)
+        for i, (size, stride) in enumerate(
+            zip(self.kernels, self.strides, strict=True)
+        ):
+            x = padded(x, size, stride) if self.same else x
+            x = convolved(x, p[f"k{i}"], stride, p[f"b{i}"])
             x = ACTIVATIONS[self.activation](x)
-        return torch.addmm(p["b"], x.flatten(1), p["w"])
+        x = x.mean((2, 3)) if self.pool else x.flatten(1)
+        return torch.addmm(p["b"], x, p["w"])
 
     def flops(self, items: int, gradient: bool = False) -> int:
         layers, fan = [], self.image[0]
@@ -224,7 +364,7 @@ class ConvNet(_Classifier):
             layers.append(h * w * c * fan * k * k)
             fan = c
         layers.append(math.prod(self.layout.shapes["w"]))
-        return 2 * items * (3 * sum(layers) - layers[0] if gradient else sum(layers))
+        return work(items, layers, gradient)
 
 
 def conv3(
@@ -246,6 +386,108 @@ def conv5(
         classes,
         activation,
     )
+
+
+def conv_star(image: tuple[int, int, int], classes: int) -> ConvNet:
+    """STAR's ConvNet: 3x3 kernels, 32, 64, 64 channels, strides 2, 1, 1, ReLU."""
+    return ConvNet(
+        image,
+        (32, 64, 64),
+        (3, 3, 3),
+        (2, 1, 1),
+        classes,
+        "relu",
+        same=True,
+        pool=True,
+        start="truncated normal",
+    )
+
+
+@dataclass(frozen=True)
+class ResNet(_Classifier):
+    """A residual network, version 2, with one bottleneck block a group (STAR's tasks).
+
+    A convolution of 64 channels and stride 2 and a max-pool of stride 2; then for each
+    number of ``channels`` a block (He et al. 2016: normalise, ReLU, convolve, three
+    times, with a quarter of the channels inside), of stride 2 but for the first, whose
+    shortcut is a 1x1 convolution of its first activation; then batch norm, ReLU, the
+    mean over positions, and a linear layer that starts at zero. Batch norms use the
+    statistics of the batch, so a loss depends on the items it is taken with.
+    """
+
+    image: tuple[int, int, int]
+    """Channels, height, width of the input."""
+    kernel: int
+    channels: tuple[int, ...]
+    classes: int
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Name, channels in and out, stride of each block."""
+        fans = (64, *self.channels[:-1])
+        pairs = enumerate(zip(fans, self.channels, strict=True))
+        return tuple((f"g{i}", a, b, 2 if i else 1) for i, (a, b) in pairs)
+
+    @cached_property
+    def layout(self) -> Layout:
+        k = self.kernel
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def norm(name: str, channels: int) -> None:
+            shapes[f"{name}scale"] = shapes[f"{name}offset"] = (channels,)
+
+        shapes["first"] = (k, k, self.image[0], 64)
+        for name, fan, c, _ in self.blocks:
+            shapes[f"{name}shortcut"] = (1, 1, fan, c)
+            inner = c // 4
+            for i, (size, a, b) in enumerate(
+                ((1, fan, inner), (3, inner, inner), (1, inner, c))
+            ):
+                norm(f"{name}n{i}", a)
+                shapes[f"{name}k{i}"] = (size, size, a, b)
+        norm("last", self.channels[-1])
+        shapes["w"] = (self.channels[-1], self.classes)
+        shapes["b"] = (self.classes,)
+        return Layout(shapes)
+
+    def init(self, seed: int) -> Tensor:
+        return truncated_start(self.layout, seed, {"w": 0.0})
+
+    def logits(self, params: Tensor, x: Tensor) -> Tensor:
+        p = self.layout.views(params)
+
+        def active(x: Tensor, name: str) -> Tensor:
+            scale, offset = p[f"{name}scale"], p[f"{name}offset"]
+            by_channel = scale[:, None, None], offset[:, None, None]
+            return torch.relu(normalized(x, (0, 2, 3), *by_channel))
+
+        x = convolved(padded(x, self.kernel, 2), p["first"], 2)
+        x = F.max_pool2d(padded(x, 3, 2, -math.inf), 3, 2)
+        for name, _, _, stride in self.blocks:
+            h = active(x, f"{name}n0")
+            shortcut = convolved(h, p[f"{name}shortcut"], stride)
+            h = active(convolved(h, p[f"{name}k0"], 1), f"{name}n1")
+            h = convolved(padded(h, 3, stride), p[f"{name}k1"], stride)
+            h = active(h, f"{name}n2")
+            x = shortcut + convolved(h, p[f"{name}k2"], 1)
+        x = active(x, "last").mean((2, 3))
+        return torch.addmm(p["b"], x, p["w"])
+
+    def flops(self, items: int, gradient: bool = False) -> int:
+        area = math.prod(-(-size // 2) for size in self.image[1:])
+        layers = [area * math.prod(self.layout.shapes["first"])]
+        sides = [-(-size // 4) for size in self.image[1:]]
+        for name, _, _, stride in self.blocks:
+            before = math.prod(sides)
+            sides = [-(-size // stride) for size in sides]
+            for part in ("shortcut", "k0", "k1", "k2"):
+                area = before if part == "k0" else math.prod(sides)
+                layers.append(area * math.prod(self.layout.shapes[name + part]))
+        layers.append(math.prod(self.layout.shapes["w"]))
+        return work(items, layers, gradient)
+
+
+# ---- quadratics ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -283,6 +525,9 @@ class Quadratic:
         return 2 * forward if gradient else forward
 
 
+# ---- an optimizee and its data -------------------------------------------------------
+
+
 @dataclass
 class Task:
     """An optimizee on a data set: loss and gradient at indices of training items.
@@ -293,7 +538,10 @@ class Task:
     optimizee: Any
     data: DataSet
     chunk: int = 2_000
-    """Items a full-data pass handles at once (memory only, the value is a sum)."""
+    """Items a full-data pass handles at once. Memory only, the value is a sum; but with
+    batch norm it is also the batch whose statistics are used."""
+    sample: int = 0
+    """Full-data passes take this many items of a split, its first ones (0: all)."""
     _value_and_grad: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -331,9 +579,10 @@ class Task:
 
     def _over(self, split: Split, params: Tensor, per_item: Any) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=params.device)
-        for start in range(0, len(split), self.chunk):
-            stop = min(start + self.chunk, len(split))
+        count = min(self.sample or len(split), len(split))
+        for start in range(0, count, self.chunk):
+            stop = min(start + self.chunk, count)
             idx = torch.arange(start, stop, device=params.device)
             values = per_item(params, split.items(idx, params.dtype))
             total = total + values.double().sum()
-        return total / len(split)
+        return total / count

@@ -40,17 +40,28 @@ class RecordError(Exception):
 # ---- what determines a result: objects -> plain JSON ---------------------------------
 
 
+def later(default: Any) -> Any:
+    """Declare a field that a dataclass got after records had been made with it.
+
+    At ``default`` the configuration is what it was before the field existed, so those
+    records stay valid.
+    """
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 def spec(value: Any) -> Any:
     """Describe a configuration as plain JSON (dataclasses by type and fields).
 
     A field declared ``field(compare=False)`` does not tell two configurations apart,
-    here as in ``==``.
+    here as in ``==``. One declared with :func:`later` is described only where it has
+    another value than its default.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: spec(getattr(value, f.name))
             for f in dataclasses.fields(value)
             if f.compare
+            and not (f.metadata.get("later") and getattr(value, f.name) == f.default)
         }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Mapping):

@@ -291,7 +291,9 @@ class Training:
 
     ``segment`` inner steps are the unit of checkpoints. Held-out and full-data losses
     are taken at about ``evaluations`` log-spaced segment ends; an audit of a guard's
-    last decision every ``audit_every`` segments (0: never).
+    last decision every ``audit_every`` segments (0: never). With ``sample`` both take
+    that many items of each split, in batches of ``batch``, where all of them would cost
+    more than the run.
     """
 
     optimizee: Any
@@ -306,6 +308,7 @@ class Training:
     audit_every: int = 4
     weights: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    sample: int = records.later(0)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.steps % self.segment:
@@ -327,7 +330,7 @@ class Training:
                 f"not {self.seeds}"
             )
 
-    def job(self, device: str, compile: bool, metas: Metas) -> TrainingJob:
+    def job(self, device: str, compile: bool, metas: Metas) -> Job:
         return TrainingJob(self, metas, device, compile)
 
     def seconds(self) -> float:
@@ -380,8 +383,11 @@ class TrainingJob:
 
         dims = (0, 0, None if c.method.batches is None else 0)
         self.piece = compiled(torch.func.vmap(piece, in_dims=dims), self.compile)
+        seen = self.task
+        if c.sample:
+            seen = Task(c.optimizee, self.task.data, c.batch, c.sample)
         self.looks = {
-            name: torch.func.vmap(getattr(self.task, name))
+            name: torch.func.vmap(getattr(seen, name))
             for name in ("full_loss", "test_loss", "test_error")
         }
 

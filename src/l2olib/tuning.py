@@ -1,0 +1,264 @@
+"""Tune a baseline: trials on seeds of their own, the best of them by a fixed rule.
+
+A :class:`Tuning` is a training repeated with each of its ``candidates``; its record
+holds their scores. :class:`Chosen` stands, in the table of experiments, for the method
+that a recorded tuning chooses: such a run "needs" that record, and its own
+configuration then names the choice in full. So no tuned number is typed by hand, and a
+tuning that changes makes what rests on it stale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizers import AdamW, CosineDecay, NAdamW, Optimizer, State, constant
+from .records import RecordError
+from .train import Alone, Cost, Metas, Training, TrainingJob
+
+FIRST_SEED = 1_000
+"""Seeds of tunings start here; those of figures are below."""
+
+
+@dataclass(frozen=True)
+class Tuning(Training):
+    """A training to be repeated with each of ``candidates`` (methods) as its method.
+
+    Without ``bracket`` all are tried. With it the candidates are a ladder, such as
+    learning rates in ascending order: those at the positions ``bracket`` are tried
+    first, then, while the best so far is at an end of what was tried, the next one
+    beyond that end.
+    """
+
+    candidates: tuple[Any, ...] = ()
+    bracket: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.candidates[:1] != (self.method,):
+            raise ValueError("the method of a tuning is its first candidate")
+        if not all(0 <= k < len(self.candidates) for k in self.bracket):
+            raise ValueError(
+                f"a bracket names candidates 0 to {len(self.candidates) - 1}, "
+                f"not {self.bracket}"
+            )
+
+    def trial(self, k: int) -> Training:
+        """The training with candidate ``k``."""
+        own = {f.name: getattr(self, f.name) for f in fields(Training)}
+        return Training(**own | {"method": self.candidates[k]})
+
+    def left(self, scores: Tensor) -> list[int]:
+        """Candidates still to be tried (of a ladder, as far as that is known).
+
+        ``scores [R, K]`` are those found so far, NaN where there is none.
+        """
+        tried = [k for k in range(len(self.candidates)) if not scores[0, k].isnan()]
+        wanted = self.bracket or range(len(self.candidates))
+        untried = [k for k in wanted if k not in tried]
+        if untried or not self.bracket:
+            return untried
+        k = best(scores)
+        beyond = {min(tried): k - 1, max(tried): k + 1}.get(k, -1)
+        return [beyond] if 0 <= beyond < len(self.candidates) else []
+
+    def job(self, device: str, compile: bool, metas: Metas) -> TuningJob:
+        return TuningJob(self, metas, device, compile)
+
+    def seconds(self) -> float:
+        """Estimated time on one CPU core; a ladder is taken to go one step beyond."""
+        trials = len(self.bracket) + 1 if self.bracket else len(self.candidates)
+        return trials * super().seconds()
+
+
+def best(scores: Tensor) -> int:
+    """The candidate of lowest mean score over the seeds; the first of equals.
+
+    ``scores [R, K]``; NaN: not tried, infinite: a loss was not finite.
+    """
+    return int(scores.double().nan_to_num(torch.inf).mean(0).argmin())
+
+
+@dataclass
+class TuningJob:
+    """The resumable computation of a :class:`Tuning`; a piece is one of a trial."""
+
+    config: Tuning
+    metas: Metas
+    device: str = "cpu"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        self.trial = lru_cache(maxsize=1)(self._trial)
+
+    def _trial(self, k: int) -> TrainingJob:
+        return TrainingJob(self.config.trial(k), self.metas, self.device, self.compile)
+
+    def start(self) -> State:
+        c = self.config
+        return {"scores": torch.full((len(c.seeds), len(c.candidates)), torch.nan)}
+
+    def advance(self, state: State) -> State:
+        k = self.config.left(state["scores"])[0]
+        trial = self.trial(k)
+        inner = trial.advance(state.get("trial") or trial.start())
+        if int(inner["step"]) < self.config.steps:
+            return {"scores": state["scores"], "trial": inner}
+        scores = state["scores"].clone()
+        keep = [seed - self.config.group[0] for seed in self.config.seeds]
+        scores[:, k] = score(inner["trace"]["loss"][keep])
+        return {"scores": scores}
+
+    def position(self, state: State) -> tuple[int, int]:
+        c = self.config
+        tried = int((~state["scores"][0].isnan()).sum())
+        done = tried * c.steps + int(state.get("trial", {}).get("step", 0))
+        return done, (tried + len(c.left(state["scores"]))) * c.steps
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """The record: ``scores [R, K]`` in nats, as :func:`best` reads them."""
+        return {"scores": state["scores"]}
+
+
+def score(losses: Tensor) -> Tensor:
+    """Mean training loss over the last tenth of the steps of ``[R, T]``: ``[R]``.
+
+    Infinite where a loss is not finite.
+    """
+    last = losses[:, -max(losses.shape[1] // 10, 1) :].double().mean(1)
+    last = torch.where(losses.isfinite().all(1), last, torch.inf)
+    return last.float()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Stands for the method that the recorded ``tuning`` chooses.
+
+    ``experiment`` and ``name`` say where in the table the tuning is. Until the record
+    is read the first candidate answers what the table asks of a method.
+    """
+
+    experiment: str
+    name: str
+    tuning: Tuning
+
+    @property
+    def interval(self) -> int:
+        return self.tuning.method.interval
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return self.tuning.method.optimizers
+
+    def cost(
+        self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
+    ) -> Cost:
+        return self.tuning.method.cost(optimizee, batch, items, accepted)
+
+    def settle(self, scores: Tensor, steps: int) -> Any:
+        """The best candidate; a schedule that has an end is stretched to ``steps``.
+
+        RecordError if no trial stayed finite.
+        """
+        if not scores.double().mean(0).isfinite().any():
+            raise RecordError(
+                f"no trial of {self.experiment} {self.name} stayed finite: give it "
+                "other candidates"
+            )
+        method = self.tuning.candidates[best(scores)]
+        changed = {}
+        for role, optimizer in method.optimizers.items():
+            schedule = getattr(optimizer, "lr", None)
+            if isinstance(schedule, CosineDecay):
+                changed[role] = replace(optimizer, lr=replace(schedule, steps=steps))
+        return replace(method, **changed)
+
+
+# ---- candidates ----------------------------------------------------------------------
+
+RATES = tuple(
+    float(f"{lead}e{power}") for power in range(-7, 1) for lead in (1, 3)
+)[:-1]  # fmt: skip
+"""STAR's 15 learning rates for Adam, 1e-7, 3e-7, ..., 1 (spec card, section 7)."""
+MIDDLE = tuple(RATES.index(rate) for rate in (3e-4, 1e-3, 3e-3))
+"""Where a search that brackets the best of them starts."""
+
+
+def adam_ladder() -> tuple[Alone, ...]:
+    """The "tuned Adam" of STAR's baselines at each of its rates."""
+    return tuple(Alone(AdamW(constant(rate), eps_root=1e-8)) for rate in RATES)
+
+
+def nadamw_draws(count: int, steps: int, seed: int = 0) -> tuple[Alone, ...]:
+    """Random settings of NAdamW with a cosine schedule over ``steps`` steps.
+
+    STAR takes the best of 1,000 fixed settings; what is known of them here is how often
+    an option is in use (l2 641, weight decay 686, warm-up 516, Nesterov 502 times: spec
+    card, section 7). Those are the probabilities of the draws; the ranges are ours. A
+    longer list begins with the shorter ones.
+    """
+    gen = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> float:
+        draw = torch.rand((), generator=gen, dtype=torch.float64).item()
+        return float(f"{low + (high - low) * draw:.3g}")
+
+    def log_uniform(low: float, high: float) -> float:
+        return float(f"{10 ** uniform(math.log10(low), math.log10(high)):.3g}")
+
+    def sometimes(share: float, low: float, high: float) -> float:
+        value = log_uniform(low, high)
+        return value if uniform(0, 1) < share else 0.0
+
+    found = []
+    for _ in range(count):
+        schedule = CosineDecay(
+            log_uniform(1e-5, 1e-1),
+            steps,
+            warmup=sometimes(0.516, 1e-3, 1e-1),
+            hold=uniform(0, 0.9),
+            floor=log_uniform(1e-4, 1),
+        )
+        found.append(
+            NAdamW(
+                schedule,
+                beta1=round(1 - log_uniform(1e-2, 1), 6),
+                beta2=round(1 - log_uniform(1e-4, 1), 6),
+                eps=log_uniform(1e-10, 1e-2),
+                weight_decay=sometimes(0.686, 1e-5, 1e-1),
+                l2=sometimes(0.641, 1e-6, 1e-2),
+                nesterov=uniform(0, 1) < 0.502,
+            )
+        )
+    return tuple(map(Alone, found))
+
+
+def tuned(
+    experiment: str,
+    name: str,
+    candidates: Sequence[Any],
+    bracket: tuple[int, ...] = (),
+    *,
+    seeds: int = 1,
+    **setting: Any,
+) -> Chosen:
+    """The best of ``candidates``, tuned on ``seeds`` seeds of their own.
+
+    ``setting`` are the arguments of :class:`~l2olib.train.Training` for the trials.
+    """
+    first = FIRST_SEED // seeds * seeds
+    tuning = Tuning(
+        method=candidates[0],
+        candidates=tuple(candidates),
+        bracket=bracket,
+        seeds=tuple(range(first, first + seeds)),
+        replicas=seeds,
+        **setting,
+    )
+    return Chosen(experiment, name, tuning)
