@@ -8,7 +8,16 @@ from problems import blobs, data_set, random_numbers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2olib.optimizees import MLP, ConvNet, Layout, Quadratic, Task, conv3, conv5
+from l2olib.optimizees import (
+    MLP,
+    ConvNet,
+    Layout,
+    Quadratic,
+    Task,
+    TruncatedMLP,
+    conv3,
+    conv5,
+)
 
 NETWORKS = {
     "mlp": (MLP((784, 20, 10)), (1, 28, 28)),
@@ -183,3 +192,21 @@ def test_work_equals_what_torch_counts(name):
     with FlopCounterMode(display=False) as both:
         task.loss_and_grad(params, idx)
     assert optimizee.flops(4, gradient=True) == both.get_total_flops()
+
+
+def test_a_truncated_start():
+    """Normal numbers of deviation 1/sqrt(fan-in) cut at two of these, biases zero."""
+    net = TruncatedMLP((400, 100, 5), "relu")
+    p = net.layout.views(net.init(0))
+    assert net.layout == MLP((400, 100, 5)).layout
+    assert not p["b0"].any() and not p["b1"].any()
+    for name, fan_in in (("w0", 400), ("w1", 100)):
+        scaled = p[name] * fan_in**0.5
+        assert scaled.abs().max() <= 2
+        assert abs(scaled.mean().item()) < 0.1
+        assert scaled.std().item() == pytest.approx(0.8796, rel=0.05)
+    assert torch.equal(net.init(3), net.init(3))
+    assert not torch.equal(net.init(3), net.init(4))
+    x, _ = items((400,), 5)
+    same = MLP((400, 100, 5), "relu").logits(net.init(0).double(), x)
+    assert torch.equal(net.logits(net.init(0).double(), x), same)

@@ -36,7 +36,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..optimizees import Layout
+from ..optimizees import Layout, truncated_normal
 from ..optimizers import Meta, State
 
 DECAYS = {
@@ -64,9 +64,8 @@ def init_network(sizes: Sequence[int], seed: int) -> Meta:
     gen = torch.Generator().manual_seed(seed)
     meta: Meta = {}
     for layer, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
-        w, s = torch.empty(a, b, dtype=torch.float64), 1 / math.sqrt(a)
-        torch.nn.init.trunc_normal_(w, 0.0, s, -2 * s, 2 * s, generator=gen)
-        meta[f"w{layer}"], meta[f"b{layer}"] = w.float(), torch.zeros(b)
+        meta[f"w{layer}"] = truncated_normal((a, b), a, gen).float()
+        meta[f"b{layer}"] = torch.zeros(b)
     return meta
 
 
