@@ -990,19 +990,19 @@ def _variance(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any
 def _rate(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     smoke = profile == "smoke"
     chosen = tuple(range(seeds or (2 if smoke else 10)))
-    steps = 1_000 if smoke else 20_000
     pes, whole = PES(4, 10, 100), es(4, 100)
-    for name, estimator in {
-        "PES": pes,
-        "truncated ES": replace(pes, accumulate=False),
-        "ES": whole,
+    base = RateTraining(pes, chosen, steps=1_000 if smoke else 20_000)
+    truncated = replace(base, by="back-propagation")
+    for name, work in {
+        "PES": base,
+        "truncated ES": replace(base, estimator=replace(pes, accumulate=False)),
+        "ES": replace(base, estimator=whole),
+        "truncated back-propagation": truncated,
+        "back-propagation": replace(truncated, estimator=whole),
+        "PES, no clipping": replace(base, clip=1e9),
+        "truncated back-propagation, no clipping": replace(truncated, clip=1e9),
     }.items():
-        yield f"{name}/0", RateTraining(estimator, chosen, steps=steps)
-    for name, runs in {
-        "truncated back-propagation": pes,
-        "back-propagation": whole,
-    }.items():
-        yield f"{name}/0", RateTraining(runs, chosen, "back-propagation", steps)
+        yield f"{name}/0", work
 
 
 EXPERIMENTS: dict[str, Experiment] = {
