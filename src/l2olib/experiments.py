@@ -991,7 +991,7 @@ def _rate(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     smoke = profile == "smoke"
     chosen = tuple(range(seeds or (2 if smoke else 10)))
     pes, whole = PES(4, 10, 100), es(4, 100)
-    base = RateTraining(pes, chosen, steps=1_000 if smoke else 20_000)
+    base = RateTraining(pes, chosen, steps=400 if smoke else 20_000)
     truncated = replace(base, by="back-propagation")
     for name, work in {
         "PES": base,
