@@ -12,7 +12,7 @@ from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.metatrain.evolution import Evolution
 from l2olib.metatrain.quadratic import QuadraticMetaTraining
-from l2olib.metatrain.truncated import MetaTraining
+from l2olib.metatrain.truncated import LearningCurve, MetaTraining
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, constant
 from l2olib.records import Record, RecordError
@@ -100,6 +100,97 @@ def test_tuning_has_seeds_of_its_own():
             assert not tuned & set(getattr(run.work, "seeds", ()))
 
 
+def test_the_settings_of_stars_meta_training():
+    """Those of the paper, of the issue, and ours, as the spec card tells them apart."""
+    laptop = {r.name: r.work for r in runs("star.metatrain")}
+    assert list(laptop) == [
+        "mlp-star-0.1-0", "mlp-star-0.5-0", "mlp-blackbox-0", "mlp-hyperparam-0"
+    ]  # fmt: skip
+    assert [w.weight_decay for w in laptop.values()] == [0.1, 0.5, 0.0, 0.0]
+    assert [w.optimizer.heads for w in laptop.values()] == [4, 4, 2, 4]
+    paper = [r.work for r in runs("star.metatrain", "paper")]
+    assert len(paper) == 20 and {w.seed for w in paper} == set(range(5))
+    for works, iterations, rate in (
+        (laptop.values(), 2_000, 1e-3),
+        (paper, 20_000, 1e-4),
+    ):
+        for w in works:
+            assert (w.data, w.batch, w.optimizee.layout.n) == (
+                "fashion-mnist", 128, 118_282
+            )  # fmt: skip
+            assert (w.iterations, w.meta_lr, w.clip) == (iterations, rate, 1.0)
+            e = w.estimator
+            assert (e.pairs, e.truncation, e.horizon, e.sigma) == (4, 50, 2_000, 0.01)
+            assert (e.resets, e.offset, w.validate_every) == ("slot", 2_000, 100)
+    pilot = [r.work for r in runs("star.beta3")]
+    assert [w.optimizer.step_mult for w in pilot] == [1e-3, 1e-5]
+    assert {(w.iterations, w.seed) for w in pilot} == {(200, 100)}
+    steps = {
+        name: {r.work.steps for r in runs(name)} for name in ("star.fig3", "star.long")
+    }
+    assert steps == {"star.fig3": {20_000}, "star.long": {200_000}}
+
+
+def test_stars_ablations_compare_everything_that_was_meta_trained():
+    """Each short meta-training is in one entry, and has its curve."""
+    for profile, zetas in (("laptop", 2), ("paper", 5)):
+        names: list[str] = []
+        for name in experiments.APPENDIX:
+            works = [r.work for r in runs(name, profile)]
+            assert {w.seed for w in works} == set(range(zetas))
+            names += [r.name for r in runs(name, profile)]
+        read = [r.work.weights["optimizer"] for r in runs("star.ablations", profile)]
+        assert sorted(read) == sorted(names) and len(set(names)) == 12 * zetas
+    decays = {r.name: r.work.weight_decay for r in runs("star.appfig2")}
+    assert sorted(set(decays.values())) == [0.0, 0.1, 1.0]
+    plain, bare = (runs(f"star.appfig{k}")[0].work.optimizer for k in (3, 4))
+    assert not plain.precondition and plain.step_mult == 1e-3
+    assert bare.nominal_stepsize == 0 and bare.precondition
+
+
+def test_claims_about_star_read_what_is_recorded():
+    """Labels and iterations of the tests are those of the table."""
+    labels = {}
+    for one in claims.LEDGER:
+        for test in one.tests:
+            if test.experiment.startswith(("star.", "ours.")):
+                if test.experiment not in labels:
+                    labels[test.experiment] = {r.label for r in runs(test.experiment)}
+                named = {getattr(test, k, None) for k in ("method", "reference")}
+                named -= {None}
+                if hasattr(test, "tasks"):
+                    named = {f"{t}, {name}" for t in test.tasks for name in named}
+                assert named <= labels[test.experiment], (one.id, test)
+    for name, iterations in (("star.fig3a", 512), ("star.ablations", 64)):
+        work = runs(name)[0].work
+        marks = experiments.star_training("laptop").snapshots()
+        if name == "star.ablations":
+            marks = runs("star.appfig1")[0].work.snapshots()
+        assert iterations in marks[(len(marks) - 1) % work.stride :: work.stride]
+
+
+def test_star_from_meta_training_to_curves(monkeypatch, tmp_path):
+    """At smoke size: weights, then what reads them; without weights they are needed."""
+    monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
+    assert runs("star.fig3", "smoke")[0].state() == "needs mlp-star-0.1-0"
+    for name in ("star.metatrain", "star.appfig1"):
+        for run in runs(name, "smoke"):
+            folder = tmp_path / "data" / "optimizers"
+            run.execute(checkpoint=False).save(folder / f"{run.name}.safetensors")
+    (long,) = [r for r in runs("star.long", "smoke") if r.name.endswith("/0")]
+    found = long.execute(checkpoint=False).arrays
+    assert found["steps"][-1] == 100 and found["loss"].isfinite().all()
+    curves = experiments.curves(
+        [(r, r.execute(checkpoint=False)) for r in runs("star.fig3a", "smoke")]
+    )
+    assert set(curves) == {f"{v} #0" for v in experiments.STAR_FIG3}
+    for arrays in curves.values():
+        assert arrays["selected.objective"].shape == (2,)
+        assert arrays["rollouts"][-1] == 3
+    work = runs("star.ablations", "smoke")[0].work
+    assert isinstance(work, LearningCurve) and work.steps == 10
+
+
 def test_smoke_runs_need_no_download():
     for entry in EXPERIMENTS.values():
         for run in entry.runs("smoke"):
@@ -156,7 +247,7 @@ def test_tasks_and_methods_of_star():
     paper = {r.label: r.work for r in runs("star.fig4", "paper")}
     assert paper["Transformer, Adam"].optimizee.layout.n == 20_416_612
     assert {w.steps for w in paper.values()} == {10_000}
-    assert set(paper["LSTM, Blackbox"].weights.values()) == {"blackbox-mlp-paper"}
+    assert set(paper["LSTM, Blackbox"].weights.values()) == {"mlp-blackbox-0-paper"}
     read = [
         (t.experiment, t.method, t.reference)
         for c in claims.LEDGER
@@ -190,8 +281,9 @@ def test_baselines_are_tuned_on_other_seeds(profile):
 def fresh_weights(tmp_path, monkeypatch):
     """STAR and its neighbours as they are before meta-training."""
     monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
-    for make, name in experiments.LEARNED.values():
-        optimizer = make(MLP((2, 2)).layout)
+    for variant in experiments.STAR_FIG3:
+        optimizer = experiments.star_optimizer(variant, MLP((2, 2)).layout)
+        name = experiments.star_weights("mlp", variant, 0, "laptop")
         arrays = {f"meta.{k}": v for k, v in optimizer.init_meta(0).items()}
         config = {"work": {"optimizer": records.spec(optimizer)}}
         path = tmp_path / "data" / "optimizers" / f"{name}.safetensors"

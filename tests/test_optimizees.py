@@ -447,3 +447,21 @@ def test_padding_that_keeps_the_size():
 def test_impossible_networks_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_a_truncated_start():
+    """Normal numbers of deviation 1/sqrt(fan-in) cut at two of these, biases zero."""
+    net = MLP((400, 100, 5), "relu", **CUT_NORMAL)
+    p = net.layout.views(net.init(0))
+    assert net.layout == MLP((400, 100, 5)).layout
+    assert not p["b0"].any() and not p["b1"].any()
+    for name, fan_in in (("w0", 400), ("w1", 100)):
+        scaled = p[name] * fan_in**0.5
+        assert scaled.abs().max() <= 2
+        assert abs(scaled.mean().item()) < 0.1
+        assert scaled.std().item() == pytest.approx(0.8796, rel=0.05)
+    assert torch.equal(net.init(3), net.init(3))
+    assert not torch.equal(net.init(3), net.init(4))
+    x, _ = items((400,), 5)
+    same = MLP((400, 100, 5), "relu").logits(net.init(0).double(), x)
+    assert torch.equal(net.logits(net.init(0).double(), x), same)

@@ -565,6 +565,102 @@ class Learns:
 
 
 @dataclass(frozen=True)
+class BetterTrained:
+    """After ``iterations`` of meta-training ``method`` has a lower meta-objective.
+
+    That is the mean loss along the horizon, on starts of the optimizee that
+    meta-training has not seen; of the recorded snapshot nearest to ``iterations``, or
+    of the selected meta-parameters (None). With a ``margin`` (nat): not higher by more
+    than that. One given meta-training against another; paired by start, one-sided
+    sign-flip test.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    iterations: int | None = None
+    margin: float = 0.0
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (
+            self._objective(_method(curves, n)) for n in (self.method, self.reference)
+        )
+        return _paired(a, b, self.margin)
+
+    def _objective(self, arrays: Arrays) -> Tensor:
+        if self.iterations is None:
+            return arrays["selected.objective"].double()
+        at = arrays["rollouts"]
+        if int(at[-1]) < self.iterations:
+            raise NotTestable(f"the records end at iteration {int(at[-1])}")
+        nearest = int((at - self.iterations).abs().argmin())
+        return arrays["objective"][:, nearest].double()
+
+    def __str__(self) -> str:
+        verb = "not worse than" if self.margin else "below"
+        when = "as selected" if self.iterations is None else (
+            f"after {self.iterations:,} iterations")  # fmt: skip
+        return f"meta-objective of {self.method} {verb} {self.reference}, {when}"
+
+
+@dataclass(frozen=True)
+class Unbiased:
+    """Estimates of ``method`` have the exact meta-gradient for a mean (or not).
+
+    Over seeds: within 3 standard errors, these at most 3% of it; "or not": more than 5
+    away from it.
+    """
+
+    experiment: str
+    method: str
+    expected: bool = True
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        estimate, exact = arrays["estimate"].double(), arrays["exact"][0].item()
+        _enough(len(estimate))
+        error = estimate.std().item() / len(estimate) ** 0.5
+        away = abs(estimate.mean().item() - exact) / error
+        small = error <= 0.03 * abs(exact)
+        passed = small and (away < 3 if self.expected else away > 5)
+        text = (
+            f"{estimate.mean():.3g} against {exact:.3g}, {away:.2g} standard errors "
+            f"of {error / abs(exact):.1%}"
+        )
+        return Outcome(passed, None, text)
+
+    def __str__(self) -> str:
+        return f"{self.method} is {'un' if self.expected else ''}biased"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One inner step of ``method`` costs at most ``within`` times one of ``reference``.
+
+    ``quantity`` as in :class:`Cheaper`; a step is gradient and update together.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    quantity: str
+    within: float = 1.1
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (
+            float(_method(curves, name)[self.quantity].double().mean())
+            for name in (self.method, self.reference)
+        )
+        return Outcome(a <= self.within * b, None, f"ratio {a / b:.3g}")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.quantity} of a step of {self.method} at most {self.within:g} times "
+            f"those of {self.reference}"
+        )
+
+
+@dataclass(frozen=True)
 class Cheaper:
     """One inner step of ``method`` costs less than one of ``reference``.
 
@@ -620,6 +716,9 @@ QUANTITIES = {
     "unevenness": "largest distance from 1 over the median",
     "variance": "measured variance of ES",
     "single": "exact variance of one run's gradient",
+    "late": "variance of the last truncation's estimate",
+    "whole": "variance of an unroll's estimate",
+    "final": "final excess of the meta-loss",
 }
 """Names, for a reader, of recorded quantities."""
 
@@ -1120,6 +1219,7 @@ _LEARN = "01-learning-to-optimize"
 _RESIDUAL = "04-gradient-guard"
 _NOISE = "05-noisy-criterion"
 _DESIGN = "09-stability-by-design"
+_EVOLUTION = "10-evolution-strategies"
 _ZETA = "lgl2o-lstm-0"
 _EARLY, _MIDDLE, _LATE, _LONG = (
     (0, 100),
@@ -1198,6 +1298,22 @@ def _everywhere(guard: str, *parts: str) -> tuple[NotWorse, ...]:
         for figure, windows in _WINDOWS.items()
         for window in windows
         for part in parts or ("L2O", "SGD")
+    )
+
+
+_FIG3A, _FIG3C, _STARS = "star.fig3a", "star.fig3", "star.ablations"
+_HORIZON = 2_000
+"""Inner steps of an unroll in the meta-training of STAR's networks."""
+
+
+def _on_both(
+    method: str, reference: str, iterations: int | None = None, margin: float = 0.0
+) -> tuple[BetterTrained, ...]:
+    """Of both meta-trainings (seeds 0 and 1) of STAR's appendix, each against its
+    like."""
+    return tuple(
+        BetterTrained(_STARS, f"{method} #{k}", f"{reference} #{k}", iterations, margin)
+        for k in range(2)
     )
 
 
@@ -1745,5 +1861,165 @@ LEDGER: tuple[Claim, ...] = (
         "NAdamW tuned with many trials is a strong baseline that STAR does not "
         "generally beat",
         _each("STAR 0.5", "NAdamW", (0.0, 0.5)),
+    ),
+    Claim(
+        "S5",
+        _EVOLUTION,
+        "STAR Fig. 3a",
+        "STAR meta-trains faster than Blackbox and ends lower (MLP, Fashion-MNIST; one "
+        "meta-training of each)",
+        tuple(
+            BetterTrained(_FIG3A, f"STAR {decay} #0", "Blackbox #0", iterations)
+            for decay in ("0.1", "0.5")
+            for iterations in (512, None)
+        ),
+    ),
+    Claim(
+        "S6",
+        _EVOLUTION,
+        "STAR Fig. 3a",
+        "STAR meta-trains faster than Hyperparam and ends lower (likewise)",
+        tuple(
+            BetterTrained(_FIG3A, f"STAR {decay} #0", "Hyperparam #0", iterations)
+            for decay in ("0.1", "0.5")
+            for iterations in (512, None)
+        ),
+    ),
+    Claim(
+        "S7",
+        _EVOLUTION,
+        "STAR Fig. 3c",
+        "Beyond the 2,000 steps of meta-training Blackbox diverges, STAR does not",
+        (
+            Diverges(_FIG3C, "Blackbox #0", between=(_HORIZON, 20_000)),
+            Diverges(_FIG3C, "STAR 0.1 #0", expected=False),
+            Diverges(_FIG3C, "STAR 0.5 #0", expected=False),
+            Lower(_FIG3C, "STAR 0.1 #0", "Blackbox #0", (10_000, 20_000)),
+            Lower(_FIG3C, "STAR 0.5 #0", "Blackbox #0", (10_000, 20_000)),
+        ),
+    ),
+    Claim(
+        "S8",
+        _EVOLUTION,
+        "STAR, section 5",
+        "STAR stays good for almost two orders of magnitude more steps than it was "
+        "meta-trained on",
+        (
+            Diverges("star.long", "STAR 0.5 #0", expected=False),
+            Later("star.long", "STAR 0.5 #0", (100_000, 200_000), (1_000, _HORIZON)),
+        ),
+    ),
+    Claim(
+        "S12",
+        _EVOLUTION,
+        "STAR, App. C.1",
+        "The comparison of STAR with Blackbox and Hyperparam comes out alike for other "
+        "seeds of meta-training (here two)",
+        (*_on_both("STAR 0.5", "Blackbox"), *_on_both("STAR 0.5", "Hyperparam")),
+    ),
+    Claim(
+        "S13",
+        _EVOLUTION,
+        "STAR, App. C.2",
+        "An outer weight decay of 0.1 to 0.5 is a good trade-off: 1.0 over-damps, 0 "
+        "does not hurt meta-training",
+        (
+            *_on_both("STAR 0.1", "STAR 1"),
+            *_on_both("STAR 0.5", "STAR 1"),
+            *_on_both("STAR 0", "STAR 0.1", margin=0.02),
+            *_on_both("STAR 0", "STAR 0.5", margin=0.02),
+        ),
+    ),
+    Claim(
+        "S14",
+        _EVOLUTION,
+        "STAR, App. C.2",
+        "The preconditioner improves the meta-loss",
+        _on_both("STAR 0", "no preconditioner"),
+    ),
+    Claim(
+        "S15",
+        _EVOLUTION,
+        "STAR, App. C.2",
+        "Without a nominal term meta-training is slower; on Fashion-MNIST its final "
+        "performance is similar",
+        (
+            *_on_both("STAR 0", "no nominal term", 64),
+            *_on_both("no nominal term", "STAR 0", margin=0.02),
+        ),
+    ),
+    Claim(
+        "S17",
+        _EVOLUTION,
+        "STAR, abstract",
+        "The computational overhead of STAR matches that of Blackbox",
+        (
+            Matched(_FIG3C, "STAR 0.5 #0", "Blackbox #0", "flops"),
+            Matched(_FIG3C, "STAR 0.5 #0", "Blackbox #0", "seconds"),
+        ),
+    ),
+    Claim(
+        "S19",
+        _EVOLUTION,
+        "STAR, section 5.1 (announced, not shown)",
+        "AdamAggMo, the nominal term of STAR, is as good as any other of its list",
+        tuple(
+            test
+            for name in ("Adam", "AggMo", "SGDM", "SGD")
+            for test in _on_both("STAR 0", f"nominal {name}", margin=0.02)
+        ),
+    ),
+    Claim(
+        "P1",
+        _EVOLUTION,
+        "ours",
+        "PES is unbiased; truncated ES is not, and neither is PES with the restarts of "
+        "the reference code",
+        (
+            Unbiased("ours.bias", "PES"),
+            Unbiased("ours.bias", "truncated ES", expected=False),
+            Unbiased("ours.bias", "PES slot", expected=False),
+        ),
+    ),
+    Claim(
+        "P2",
+        _EVOLUTION,
+        "ours",
+        "The variance of PES grows with the truncations since the unroll began, and is "
+        "then above that of truncated ES",
+        (
+            Less("ours.variance", "PES 100", "PES 1000", "late"),
+            Less("ours.variance", "truncated ES 1000", "PES 1000", "late"),
+        ),
+    ),
+    Claim(
+        "P3",
+        _EVOLUTION,
+        "ours",
+        "Over a whole unroll the mean of the estimates of PES varies less than one "
+        "estimate of ES, for the same inner steps",
+        (
+            Less("ours.variance", "PES 100", "ES 100", "whole"),
+            Less("ours.variance", "PES 1000", "ES 1000", "whole"),
+        ),
+    ),
+    Claim(
+        "P4",
+        _EVOLUTION,
+        "ours",
+        "At equal inner steps PES ends closer to the best learning rate than truncated "
+        "ES and truncated back-propagation",
+        (
+            Less("ours.rate", "PES", "truncated ES", "final"),
+            Less("ours.rate", "PES", "truncated back-propagation", "final"),
+        ),
+    ),
+    Claim(
+        "P5",
+        _EVOLUTION,
+        "ours",
+        "Where an unroll can be differentiated as a whole, that ends closer still than "
+        "PES",
+        (Less("ours.rate", "back-propagation", "PES", "final"),),
     ),
 )

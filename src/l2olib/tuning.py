@@ -190,9 +190,14 @@ MIDDLE = tuple(RATES.index(rate) for rate in (3e-4, 1e-3, 3e-3))
 """Where a search that brackets the best of them starts."""
 
 
+def adam_at(rate: float) -> Alone:
+    """The "tuned Adam" of STAR's baselines at one of its rates."""
+    return Alone(AdamW(constant(rate), eps_root=1e-8))
+
+
 def adam_ladder() -> tuple[Alone, ...]:
-    """The "tuned Adam" of STAR's baselines at each of its rates."""
-    return tuple(Alone(AdamW(constant(rate), eps_root=1e-8)) for rate in RATES)
+    """It at each of the 15."""
+    return tuple(adam_at(rate) for rate in RATES)
 
 
 def nadamw_draws(count: int, steps: int, seed: int = 0) -> tuple[Alone, ...]:
