@@ -1215,6 +1215,7 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
 
 _GUARD = "02-loss-guard"
 _FAR = "02b-out-of-distribution"
+_ONE = "02c-one-at-a-time"
 _LEARN = "01-learning-to-optimize"
 _RESIDUAL = "04-gradient-guard"
 _NOISE = "05-noisy-criterion"
@@ -1455,7 +1456,7 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B10",
-        _FAR,
+        _ONE,
         "LGL2O, section 4.2",
         "With one validation batch in place of ten the guard switches to and fro; with "
         "more, less",
@@ -1513,7 +1514,7 @@ LEDGER: tuple[Claim, ...] = (
     ),
     Claim(
         "B16",
-        _FAR,
+        _ONE,
         "LGL2O, section 4",
         "The phase in which the loss rises first is necessary for the L2O to work: "
         "with a decision after every step it is vetoed",

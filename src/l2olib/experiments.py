@@ -838,7 +838,7 @@ CONVEX_RATE = 1.0
 def _convex(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     """Softmax regression with the whole of Moons as its batch: convex, without noise.
 
-    There the guards' theorems apply, and the learned optimizer alone does not settle.
+    There the guards' theorems apply.
     """
     setting: dict[str, Any] = {
         "optimizee": MLP((2, 2)),
@@ -1593,7 +1593,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             "lgl2o.ablations",
             "Circles: LGL2O with one thing changed at a time",
-            "02b-out-of-distribution",
+            "02c-one-at-a-time",
             _ablations,
         ),
         Experiment(
