@@ -844,7 +844,7 @@ def _convex(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]
         "optimizee": MLP((2, 2)),
         "data": "moons",
         "batch": 5_000,
-        "steps": 100 if profile == "smoke" else 2_000,
+        "steps": 20 if profile == "smoke" else 2_000,
         "segment": 10,
         "audit_every": 1,
         "seeds": seeds or 10,
