@@ -95,9 +95,8 @@ def test_list(toy_table, cli):
 def test_claims(toy_table, cli):
     status, out, _ = cli("claims", "B1*")
     assert status == 0
-    assert [line.split()[0] for line in out if line[0] != " "] == [
-        "B1", "B10", "B16", "B12", "B13", "B14", "B15"
-    ]  # fmt: skip
+    rows = sorted(line.split()[0] for line in out if line[0] != " ")
+    assert rows == ["B1", *(f"B{k}" for k in range(10, 19))]
     assert all("not testable yet" in line for line in out if line[0] != " ")
 
 
