@@ -872,6 +872,8 @@ def _failures(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any
     """Fig. 4 with the other meta-trained weights: does what it shows depend on them?"""
     figure = FIGURES["lgl2o.fig4"]
     setting, methods = figure.setting(profile, seeds), lgl2o_methods(**figure.options)
+    if profile != "smoke":
+        setting |= {"audit_every": 40}  # audits are most of a record's bytes
     yield from trainings({"SGD": methods["SGD"]}, L2O, **setting)
     for zeta in ZETAS[profile]:
         chosen = {
