@@ -723,7 +723,7 @@ FIGURES: dict[str, Figure] = {
         CONV5,
         {
             "smoke": {"data": "digits64", "batch": 32, "steps": 50, "seeds": 1},
-            "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 10},
+            "laptop": {"steps": 2_000, "seeds": 3, "audit_every": 4},
             "paper": _PAPER,
         },
         {"lr": 0.01, "adam": 1e-3},
