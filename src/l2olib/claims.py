@@ -1758,6 +1758,40 @@ LEDGER: tuple[Claim, ...] = (
         _everywhere("LGL2O shadow", "LGL2O"),
     ),
     Claim(
+        "N14",
+        _NOISE,
+        "ours",
+        "Adam alone, its rate tuned over the whole horizon on other seeds, ends below "
+        "every guard",
+        tuple(
+            Lower(figure, "Adam tuned", guard, window)
+            for figure, window in ((_FIG3, _LATE), (_FIG4, _LONG), (_FIG5, _LONG))
+            for guard in ("LGL2O", "LGL2O reset, margin", "LGL2O shadow")
+        ),
+    ),
+    Claim(
+        "N15",
+        _NOISE,
+        "ours",
+        "A guard is worth its test also when the switch's time is tuned on other seeds",
+        (
+            Lower(_FIG3, "LGL2O reset, margin", "L2O, then SGD tuned", _MIDDLE),
+            Lower(_FIG4, "LGL2O reset, margin", "L2O, then SGD tuned", _LONG),
+            Lower(_FIG5, "LGL2O reset, margin", "L2O, then SGD tuned", _LONG),
+        ),
+    ),
+    Claim(
+        "N16",
+        _NOISE,
+        "ours",
+        "The fallback's rate is no handicap: a guard over SGD at the paper's rate ends "
+        "no worse than SGD at a tuned one",
+        tuple(
+            NotWorse(figure, "LGL2O shadow", "SGD tuned", window)
+            for figure, window in ((_FIG3, _LATE), (_FIG4, _LONG), (_FIG5, _LONG))
+        ),
+    ),
+    Claim(
         "S1",
         _DESIGN,
         "STAR Fig. 2a",

@@ -535,6 +535,11 @@ def lgl2o_methods(
     return methods
 
 
+def _learned(method: Any) -> list[str]:
+    """The roles of a method that take meta-trained weights."""
+    return [k for k, o in method.optimizers.items() if o.init_meta(0)]
+
+
 def trainings(
     methods: dict[str, Any], weights: str, seeds: int, first: int = 0, **setting: Any
 ) -> Iterable[tuple[str, Training]]:
@@ -544,7 +549,7 @@ def trainings(
     """
     replicas = setting.get("replicas", 1)
     for label, method in methods.items():
-        roles = [k for k, o in method.optimizers.items() if o.init_meta(0)]
+        roles = _learned(method)
         for start in range(first, first + seeds, replicas):
             group = tuple(range(start, min(start + replicas, first + seeds)))
             yield (
@@ -631,13 +636,15 @@ class Figure:
     """One of LGL2O's Figs. 3 to 8: the problem, a run's size, options of the methods.
 
     ``size`` gives, for each profile, what of :class:`~l2olib.train.Training` differs:
-    steps, seeds, replicas, and at ``smoke`` a small data set.
+    steps, seeds, replicas, and at ``smoke`` a small data set. ``tuned`` names the
+    figure in the searches of :func:`_tuned`; one without has none.
     """
 
     data: str
     optimizees: dict[str, Any]
     size: dict[str, dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
+    tuned: str = ""
 
     def setting(
         self, profile: str, seeds: int | None = None, data: str | None = None
@@ -658,6 +665,11 @@ class Figure:
         self, profile: str, seeds: int | None = None, data: str | None = None
     ) -> Iterable[tuple[str, Any]]:
         methods = lgl2o_methods(**self.options)
+        if self.tuned and data is None:
+            methods |= {
+                f"{label} tuned": c.tuning.method if profile == "smoke" else c
+                for label, c in _tuned(self, profile).items()
+            }
         return trainings(methods, L2O, **self.setting(profile, seeds, data))
 
 
@@ -685,18 +697,21 @@ FIGURES: dict[str, Figure] = {
             "laptop": {"steps": 10_000, "seeds": 8},
             "paper": _PAPER,
         },
+        tuned="Fig. 3",
     ),
     "lgl2o.fig4": Figure(
         "circles",
         SMALL_MLP,
         {"smoke": _SMALL, "laptop": _TEN, "paper": _PAPER},
         {"adam": 1e-2, "full_loss": True},
+        "Fig. 4",
     ),
     "lgl2o.fig5": Figure(
         "spirals",
         SMALL_MLP,
         {"smoke": _SMALL, "laptop": _TEN, "paper": _PAPER},
         {"adam": 1e-2, "full_loss": True},
+        "Fig. 5",
     ),
     "lgl2o.fig6": Figure(
         "mnist",
@@ -707,6 +722,7 @@ FIGURES: dict[str, Figure] = {
             "paper": _PAPER,
         },
         {"lr": 1.0, "tau": 20_000.0, "adam": 1e-2},
+        "Fig. 6",
     ),
     "lgl2o.fig7": Figure(
         "cifar10",
@@ -717,19 +733,66 @@ FIGURES: dict[str, Figure] = {
             "paper": _PAPER,
         },
         {"lr": 1.0, "tau": 20_000.0, "adam": 1e-3},
+        "Fig. 7",
     ),
     "lgl2o.fig8": Figure(
         "tiny-imagenet-50",
         CONV5,
         {
             "smoke": {"data": "digits64", "batch": 32, "steps": 50, "seeds": 1},
-            "laptop": {"steps": 2_000, "seeds": 3, "audit_every": 4},
+            "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 4},
             "paper": _PAPER,
         },
         {"lr": 0.01, "adam": 1e-3},
     ),
 }
 """Options are those of :func:`lgl2o_methods`; rates: spec card B, sections 3 and 6."""
+
+
+LADDERS: dict[str, tuple[float, ...]] = {
+    "SGD": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+    "SGD+momentum": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "Adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
+    "L2O, then SGD": (10, 30, 100, 300, 1_000, 3_000),
+}
+"""Step sizes, and steps before the switch, of which a search takes the best. It starts
+from the third to the fifth and goes on while the best lies at an end."""
+
+
+def _tuned(figure: Figure, profile: str) -> dict[str, Chosen]:
+    """A figure's baselines, tuned over its whole horizon on seeds of their own.
+
+    All else, such as the decay of SGD's step size, is as in the figure.
+    """
+    setting = figure.setting(profile)
+    setting |= {
+        "seeds": setting.pop("replicas", 2),
+        "evaluations": 1,
+        "sample": setting.get("batch", 128),  # only the training loss decides
+    }
+
+    def candidate(label: str, value: float) -> Any:
+        if label == "L2O, then SGD":
+            return replace(lgl2o_methods(**figure.options)[label], at=int(value))
+        option = {"adam" if label == "Adam" else "lr": value}
+        return lgl2o_methods(**figure.options | option)[label]
+
+    found = {}
+    for label, ladder in LADDERS.items():
+        candidates = [candidate(label, value) for value in ladder]
+        weights = dict.fromkeys(_learned(candidates[0]), L2O)
+        name = f"{figure.tuned}, {label}/0"
+        found[label] = tuned(
+            "lgl2o.tune", name, candidates, (2, 3, 4), weights=weights, **setting
+        )
+    return found
+
+
+def _tune(profile: str) -> Iterable[tuple[str, Any]]:
+    figures = [f for f in FIGURES.values() if f.tuned]
+    for figure in figures[1:2] if profile == "smoke" else figures:
+        for chosen in _tuned(figure, profile).values():
+            yield chosen.name, chosen.tuning
 
 
 def _over(
@@ -1567,6 +1630,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             "The baselines' searches of 300 steps, seeds of their own",
             "a2-settings",
             _grids,
+        ),
+        Experiment(
+            "lgl2o.tune",
+            "The baselines' searches over the whole horizon, seeds of their own",
+            "a2-settings",
+            _tune,
         ),
         Experiment(
             "lgl2o.conv3",
