@@ -1242,6 +1242,7 @@ def _both_parts(
 
 _FIG3, _FIG4, _FIG5 = "lgl2o.fig3", "lgl2o.fig4", "lgl2o.fig5"
 _ABLATIONS = "lgl2o.ablations"
+_CONV3 = "lgl2o.ablations-conv3"
 _FIG1, _FIG2A, _FIG2C = "star.fig1", "star.fig2a", "star.fig2c"
 _ALPHAS = tuple(f"alpha={share:g}" for share in (0, 0.1, 0.2, 0.3, 0.4))
 _FIG6, _FIG7, _FIG9 = "lgl2o.fig6", "lgl2o.fig7", "lgl2o.fig9"
@@ -1789,6 +1790,27 @@ LEDGER: tuple[Claim, ...] = (
         tuple(
             NotWorse(figure, "LGL2O shadow", "SGD tuned", window)
             for figure, window in ((_FIG3, _LATE), (_FIG4, _LONG), (_FIG5, _LONG))
+        ),
+    ),
+    Claim(
+        "N17",
+        _ONE,
+        "ours, on B10",
+        "On Conv3, too, the guard switches to and fro more with fewer validation "
+        "batches",
+        (
+            MoreSwitching(_CONV3, "n_c=1", "LGL2O"),
+            MoreSwitching(_CONV3, "LGL2O", "n_c=100"),
+        ),
+    ),
+    Claim(
+        "N18",
+        _ONE,
+        "ours, on B16",
+        "On Conv3 a decision after every step vetoes the learned optimizer",
+        (
+            Lower(_CONV3, "LGL2O", "n_t=1", _EARLY),
+            NotWorse(_CONV3, "SGD", "n_t=1", _EARLY),
         ),
     ),
     Claim(

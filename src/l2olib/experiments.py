@@ -960,14 +960,21 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "laptop": {"steps": 10_000},
     "paper": {},
 }
+ABLATIONS_CONV3: dict[str, dict[str, Any]] = {
+    "smoke": {"steps": 100},
+    "laptop": {"steps": 2_000, "audit_every": 4},
+    "paper": {},
+}
 
 
-def _ablations(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
-    """One factor at a time from LGL2O's default; batches ``iid`` where n_t or n_c is
+def _ablations(
+    name: str, size: dict[str, dict[str, Any]], without: tuple[str, ...] = ()
+) -> Callable[..., Iterable[tuple[str, Any]]]:
+    """One factor at a time from a figure's LGL2O; batches ``iid`` where n_t or n_c is
     too large for the others to avoid."""
-    figure = FIGURES["lgl2o.fig4"]
-    setting = figure.setting(profile, seeds) | ABLATIONS[profile] | {"segment": 100}
+    figure = FIGURES[name]
     default = lgl2o_methods(**figure.options)["LGL2O"]
+    rate = default.fallback.lr.lr0
     changes: dict[str, dict[str, Any]] = {
         "LGL2O": {},
         "n_t=1": {"n_t": 1},
@@ -979,13 +986,21 @@ def _ablations(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
         "full loss": {"validation": "full"},
         "revert": {"proposal_state": "revert"},
         "reset": {"proposal_state": "reset"},
-        "power 1": {"fallback": SGD(PowerDecay(3.0, TAU, 1.0))},
-        "power 0.5": {"fallback": SGD(PowerDecay(3.0, TAU, 0.5))},
-        "rate 1": {"fallback": SGD(PowerDecay(1.0, TAU))},
+        "power 1": {"fallback": SGD(PowerDecay(rate, TAU, 1.0))},
+        "power 0.5": {"fallback": SGD(PowerDecay(rate, TAU, 0.5))},
+        # The other of the paper's two rates.
+        f"rate {4 - rate:g}": {"fallback": SGD(PowerDecay(4 - rate, TAU))},
     }
-    methods: dict[str, Any] = {k: replace(default, **c) for k, c in changes.items()}
+    methods: dict[str, Any] = {
+        k: replace(default, **c) for k, c in changes.items() if k not in without
+    }
     methods |= {"L2O": Alone(LSTM), "SGD": Alone(default.fallback)}
-    return trainings(methods, L2O, **setting)
+
+    def build(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+        setting = figure.setting(profile, seeds) | size[profile] | {"segment": 100}
+        return trainings(methods, L2O, **setting)
+
+    return build
 
 
 DETAILS: dict[str, dict[str, Any]] = {
@@ -1665,7 +1680,13 @@ EXPERIMENTS: dict[str, Experiment] = {
             "lgl2o.ablations",
             "Circles: LGL2O with one thing changed at a time",
             "02c-one-at-a-time",
-            _ablations,
+            _ablations("lgl2o.fig4", ABLATIONS),
+        ),
+        Experiment(
+            "lgl2o.ablations-conv3",
+            "MNIST, Conv3: the same, fewer things, shorter",
+            "02c-one-at-a-time",
+            _ablations("lgl2o.fig6", ABLATIONS_CONV3, ("iid", "full loss", "power 1")),
         ),
         Experiment(
             "lgl2o.details",
