@@ -13,6 +13,7 @@ from l2olib import claims
 from l2olib.claims import (
     LEDGER,
     AcceptsWorse,
+    AtTheEdge,
     BarFalls,
     BetterTrained,
     Breaks,
@@ -38,6 +39,7 @@ from l2olib.claims import (
     Quieter,
     RisesFirst,
     Saturates,
+    StepsInside,
     Stuck,
     Switching,
     TimesSlower,
@@ -448,6 +450,48 @@ def test_better_trained():
     few = {"A": objectives(1.0, 1.0, 1.0, 4), "B": objectives(2.0, 2.0, 2.0, 4)}
     with pytest.raises(NotTestable, match="4 seeds are fewer"):
         BetterTrained("f", "A", "B")(few)
+
+
+def spectrum(*left: float, largest: float = 1.0, seeds: int = 5, losses=None):
+    """Five marks; two Ritz values at each, the leftmost and another."""
+    ritz = torch.full((seeds, 5, 3, 2), math.nan)
+    ritz[:, :, :2, 1] = 0.0
+    ritz[:, :, 0, 0] = torch.tensor(left)
+    ritz[:, :, 1] = torch.tensor([0.6, 0.8]) * largest
+    losses = losses or [2.0, 1.5, 1.0, 0.5, 0.1]
+    return {"ritz": ritz, "full_loss": torch.tensor([losses] * seeds)}
+
+
+def test_at_the_edge_looks_from_the_first_touch_to_a_tenth_of_the_loss():
+    curves = {
+        "at": spectrum(0.5, -0.91, -1.2, -0.9, 0.8),  # the last: the loss has fallen
+        "never": spectrum(0.5, -0.8, -0.85, -0.89, -0.95),
+        "leaves": spectrum(0.5, -0.95, 0.2, 0.4, 0.5),
+        "beyond": spectrum(0.5, -0.95, -1.8, -1.9, -1.9),
+        "nan": spectrum(0.5, -0.95, -1.0, -1.0, -1.0, losses=[2.0] + [math.nan] * 4),
+    }
+    found = {k: AtTheEdge("f", k)(curves).passed for k in curves}
+    assert found == {k: k == "at" for k in curves}
+    assert not AtTheEdge("f", "at", expected=False)(curves).passed
+    assert AtTheEdge("f", "never", expected=False)(curves).passed
+    assert "leftmost eigenvalue -0.89 " in AtTheEdge("f", "never")(curves).measured
+    some = curves["at"] | {"ritz": curves["at"]["ritz"].clone()}
+    for out, passed in ((1, True), (2, False)):  # four fifths of five
+        some["ritz"][:out, :, 0, 0] = 0.5
+        assert AtTheEdge("f", "some")({"some": some}).passed is passed
+
+
+def test_steps_inside_reads_moduli_at_the_last_marks():
+    curves = {
+        "in": spectrum(*[0.1] * 5, largest=1.04),
+        "out": spectrum(*[0.1] * 5, largest=1.06),
+        "was": spectrum(*[-1.5, -1.5, 0.1, 0.1, 0.1]),
+    }
+    found = {k: StepsInside("f", k)(curves).passed for k in curves}
+    assert found == {"in": True, "out": False, "was": True}
+    assert StepsInside("f", "out", expected=False)(curves).passed
+    with pytest.raises(NotTestable, match="4 seeds are fewer"):
+        StepsInside("f", "a")({"a": spectrum(*[0.1] * 5, seeds=4)})
 
 
 def scattered(mean: float, deviation: float, seeds: int = 25):

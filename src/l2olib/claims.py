@@ -634,6 +634,62 @@ class Unbiased:
 
 
 @dataclass(frozen=True)
+class AtTheEdge:
+    """Training with ``method`` runs at its stability bound, an eigenvalue of -1.
+
+    The step's leftmost eigenvalue falls below -0.9; from that mark on, until the loss
+    is a tenth of the first, its mean lies in [-1.3, -0.7]. In four fifths of the seeds.
+    """
+
+    experiment: str
+    method: str
+    expected: bool = True
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        left = arrays["ritz"][..., 0].double().nan_to_num(torch.inf).amin(2)
+        loss = arrays["full_loss"].double()
+        _enough(len(left))
+        seen, means = [], []
+        for values, falling in zip(left, loss >= loss[:, :1] / 10, strict=True):
+            reached = (values < -0.9).cummax(0).values & falling
+            lowest = torch.where(falling, values, torch.inf).min()
+            means.append(values[reached].mean() if reached.any() else lowest)
+            seen.append(bool(reached.any()) and -1.3 <= float(means[-1]) <= -0.7)
+        share = sum(seen) / len(seen)
+        middle = torch.stack(means).median()
+        text = f"{share:.0%} of seeds, leftmost eigenvalue {middle:.3g} (median)"
+        return Outcome((share >= 0.8) == self.expected, None, text)
+
+    def __str__(self) -> str:
+        return f"{self.method} {'runs' if self.expected else 'does not run'} at -1"
+
+
+@dataclass(frozen=True)
+class StepsInside:
+    """At the last three marks no eigenvalue of ``method``'s step is above ``bound`` in
+    modulus, in four fifths of the seeds (or not)."""
+
+    experiment: str
+    method: str
+    expected: bool = True
+    bound: float = 1.05
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = _method(curves, self.method)
+        modulus = arrays["ritz"].double().norm(dim=-1).nan_to_num(0.0)
+        largest = modulus[:, -3:].amax((1, 2))
+        _enough(len(largest))
+        share = (largest <= self.bound).double().mean().item()
+        text = f"{share:.0%} of seeds, largest modulus {largest.median():.4g} (median)"
+        return Outcome((share >= 0.8) == self.expected, None, text)
+
+    def __str__(self) -> str:
+        side = "inside" if self.expected else "outside"
+        return f"the step of {self.method} ends {side} the circle of {self.bound:g}"
+
+
+@dataclass(frozen=True)
 class Matched:
     """One inner step of ``method`` costs at most ``within`` times one of ``reference``.
 
@@ -1257,6 +1313,7 @@ _RULES = (
     "arithmetic",
     "recent maximum",
 )
+_EDGE, _STABILITY = "star.edge", "star.stability"
 _STAR4 = "star.fig4"
 _TASKS = {
     _STAR4: ("MLP layer norm", "ResNet", "LSTM", "Transformer"),
@@ -1918,6 +1975,35 @@ LEDGER: tuple[Claim, ...] = (
         "NAdamW tuned with many trials is a strong baseline that STAR does not "
         "generally beat",
         _each("STAR 0.5", "NAdamW", (0.0, 0.5)),
+    ),
+    Claim(
+        "S20",
+        _DESIGN,
+        "STAR, section 4.1",
+        "Training of neural networks runs at the upper bound of stability, whatever "
+        "the optimizer and its step size",
+        tuple(
+            AtTheEdge(_EDGE, name)
+            for name in (
+                *(f"GD {rate}" for rate in (0.05, 0.1, 0.2, 0.4)),
+                "GD+momentum 0.02",
+                "Adam 0.001",
+                *(f"SGD {rate}" for rate in (0.1, 0.2)),
+            )
+        ),
+    ),
+    Claim(
+        "S22",
+        _DESIGN,
+        "ours, on STAR's section 4",
+        "On the network of its meta-training the step of STAR, parameters and state "
+        "together, ends without an eigenvalue outside the unit circle; that of "
+        "Blackbox has some",
+        (
+            StepsInside(_STABILITY, "STAR 0.1 #0"),
+            StepsInside(_STABILITY, "STAR 0.5 #0"),
+            StepsInside(_STABILITY, "Blackbox #0", expected=False),
+        ),
     ),
     Claim(
         "S5",

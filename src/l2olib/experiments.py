@@ -52,6 +52,7 @@ from .metatrain.truncated import LearningCurve, MetaTraining, MetaWork
 from .optimizees import ACTIVATIONS, MLP, Layout, ResNet, conv3, conv5, conv_star
 from .optimizers import SGD, Adam, PowerDecay, constant
 from .records import Record, RecordError
+from .spectra import Linearised
 from .train import BURN_IN, Alone, Training, drive, repeatable
 from .tuning import (
     FIRST_SEED,
@@ -1292,6 +1293,50 @@ def star_tests(
             )  # fmt: skip
 
 
+EDGE = MLP((64, 128, 128, 10), "relu", start="truncated normal")
+EDGE_RATES = (0.05, 0.1, 0.2, 0.4)
+
+
+def _star_edge(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """All of Digits as one batch, as far as the loss falls; then in small batches."""
+    smoke = profile == "smoke"
+    setting: dict[str, Any] = {
+        "optimizee": EDGE,
+        "data": "digits",
+        "steps": 40 if smoke else 1_000,
+        "seeds": seeds or (1 if smoke else 5),
+        "segment": 10,
+        "evaluations": 3 if smoke else 20,
+    }
+    whole: dict[str, Any] = {
+        f"GD {rate:g}": Alone(SGD(constant(rate))) for rate in EDGE_RATES
+    }
+    whole["GD+momentum 0.02"] = Alone(SGD(constant(0.02), momentum=0.9))
+    whole["Adam 0.001"] = adam_at(1e-3)
+    items = len(load("digits").train)
+    small = {f"SGD {rate:g}": Alone(SGD(constant(rate))) for rate in EDGE_RATES[1:3]}
+    size = 6 if smoke else 20
+    for methods, batch in ((whole, items), (small, 32)):
+        for name, work in trainings(methods, "", batch=batch, **setting):
+            yield name, Linearised.of(work, size=size)
+
+
+def _star_stability(
+    profile: str, seeds: int | None = None
+) -> Iterable[tuple[str, Any]]:
+    """Learned optimizers where they were meta-trained, and Adam; up to the horizon."""
+    smoke = profile == "smoke"
+    size = {"steps": 100, "evaluations": 2} if smoke else {"steps": 2_000}
+    size |= {"seeds": seeds or (1 if smoke else 5), "replicas": 1}
+    size |= {"segment": 50, "evaluations": 10}
+    runs = list(star_tests(profile, STAR_FIG3, 1, **size))
+    of = star_training(profile)
+    same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+    runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **same, **size)
+    for name, work in runs:
+        yield name, Linearised.of(work, sample=32 if smoke else 512)
+
+
 ADAM_RATES = (3e-4, 1e-3, 3e-3)
 
 
@@ -1747,6 +1792,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Fashion-MNIST: ten times the horizon of meta-training (Fig. 3c)",
             "10-evolution-strategies",
             _star_fig3,
+        ),
+        Experiment(
+            "star.edge",
+            "Digits: eigenvalues of the step of hand-crafted optimizers",
+            "09-stability-by-design",
+            _star_edge,
+        ),
+        Experiment(
+            "star.stability",
+            "Fashion-MNIST: eigenvalues of the step of learned optimizers",
+            "09-stability-by-design",
+            _star_stability,
         ),
         Experiment(
             "star.long",

@@ -1,0 +1,167 @@
+"""How stable is training? Eigenvalues of an optimizer's step, linearised where it is.
+
+One step takes parameters and the optimizer's state to the next ones. Its derivative is
+never formed: a Krylov space of derivative-vector products shows the eigenvalues at the
+rim of the spectrum, which are the ones that decide. For gradient descent they are
+``1 - lr * h`` with h those of the Hessian, so that -1 is the stability bound
+``h = 2 / lr``; for momentum, Adam or a learned optimizer they are those of parameters
+and state together, the matrix of STAR's section 4 for the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.utils import _pytree as pytree
+
+from .optimizees import Task
+from .optimizers import Meta, Optimizer, State
+from .train import Metas, Training, TrainingJob
+
+
+def step_map(
+    task: Task,
+    optimizer: Optimizer,
+    meta: Meta,
+    params: Tensor,
+    state: State,
+    idx: Tensor,
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """One step on the items ``idx`` as a map of one flat vector, and where it stands.
+
+    The vector ``[n + m]`` holds the parameters ``[n]`` and every floating-point tensor
+    of the state; counters stay as they are. All is in the dtype of ``params``.
+    """
+    leaves, spec = pytree.tree_flatten(state)
+    real = [leaf.is_floating_point() for leaf in leaves]
+    point = [params, *(v.to(params) for v, r in zip(leaves, real, strict=True) if r)]
+    sizes = [v.numel() for v in point]
+
+    def step(vector: Tensor) -> Tensor:
+        at, *parts = vector.split(sizes)
+        rest = iter(parts)
+        inside = [
+            next(rest).view(v.shape) if r else v
+            for v, r in zip(leaves, real, strict=True)
+        ]
+        loss, grad = task.loss_and_grad(at, idx)
+        delta, after = optimizer.update(
+            meta, grad, pytree.tree_unflatten(inside, spec), at, loss=loss
+        )
+        moved = zip(pytree.tree_leaves(after), real, strict=True)
+        return torch.cat([at + delta, *(v.flatten() for v, r in moved if r)])
+
+    return step, torch.cat([v.flatten() for v in point])
+
+
+def ritz_values(
+    function: Callable[[Tensor], Tensor], at: Tensor, size: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of the derivative of ``function`` at ``at [n]``, by Arnoldi.
+
+    Returns ``size`` Ritz values (complex) and the norms of their residuals, by falling
+    modulus; those at the rim of the spectrum settle first, which the residual tells.
+    Where the Krylov space is exhausted (a derivative of low rank, a small n) there are
+    fewer, and the rest is NaN. Raises ValueError if the derivative is not finite.
+    """
+    draw = torch.randn(len(at), generator=torch.Generator().manual_seed(seed))
+    first = draw.to(at)
+    basis = [first / first.norm()]
+    hessenberg = at.new_zeros(size + 1, size)
+    used = size
+    for j in range(size):
+        vector = jvp(function, (at,), (basis[j],))[1]
+        if not vector.isfinite().all():
+            raise ValueError(
+                "the step has no derivative here: choose an optimizer without square "
+                "roots of zero, such as Adam with a positive eps_root"
+            )
+        length = vector.norm()
+        for _ in range(2):  # once more, against what rounding left
+            for i, other in enumerate(basis):
+                along = other @ vector
+                hessenberg[i, j] += along
+                vector = vector - along * other
+        hessenberg[j + 1, j] = vector.norm()
+        if hessenberg[j + 1, j] <= 1e-10 * length:
+            used = j + 1
+            break
+        basis.append(vector / vector.norm())
+    values, vectors = torch.linalg.eig(hessenberg[:used, :used])
+    residuals = (hessenberg[used, used - 1] * vectors[-1]).abs()
+    order = values.abs().argsort(descending=True)
+    missing = (0, size - used)
+    return (
+        torch.nn.functional.pad(values[order], missing, value=torch.nan),
+        torch.nn.functional.pad(residuals[order], missing, value=torch.nan),
+    )
+
+
+@dataclass(frozen=True)
+class Linearised(Training):
+    """A training of one seed that looks at its own stability at every mark.
+
+    Its record also holds ``ritz [1, marks, size, 2]``, real and imaginary parts of the
+    Ritz values of the step linearised on the first ``sample`` training items (0: all)
+    in float64, and ``residuals [1, marks, size]``. The method is one optimizer alone.
+    """
+
+    size: int = 30
+
+    @classmethod
+    def of(cls, training: Training, **changes: Any) -> Linearised:
+        """The same training with a look at its stability."""
+        same = {f.name: getattr(training, f.name) for f in fields(Training)}
+        return cls(**same | changes)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replicas != 1:
+            raise ValueError("one seed at a time: replicas must be 1")
+
+    def job(self, device: str, compile: bool, metas: Metas) -> LinearisedJob:
+        return LinearisedJob(self, metas, device, compile)
+
+
+@dataclass
+class LinearisedJob(TrainingJob):
+    """The resumable computation of a :class:`Linearised`."""
+
+    config: Linearised
+
+    def start(self) -> State:
+        marks, size = len(self.config.marks), self.config.size
+        return super().start() | {
+            "ritz": torch.full((1, marks, size, 2), torch.nan),
+            "residuals": torch.full((1, marks, size), torch.nan),
+        }
+
+    @torch.no_grad()
+    def advance(self, state: State) -> State:
+        state = super().advance(state)
+        c, end = self.config, int(state["step"])
+        if end in c.marks:
+            at = c.marks.index(end)
+            inner = pytree.tree_map(lambda v: v[0], state["method"])
+            idx = torch.arange(c.sample or self.task.items, device=self.device)
+            step, point = step_map(
+                self.task,
+                c.method.optimizer,
+                {k: v.double() for k, v in self.metas["optimizer"].items()},
+                inner["params"].double(),
+                inner["optimizer"],
+                idx,
+            )
+            values, residuals = ritz_values(step, point, c.size)
+            state["ritz"][0, at] = torch.view_as_real(values).cpu().float()
+            state["residuals"][0, at] = residuals.cpu().float()
+        return state
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        own = {k: state[k] for k in ("ritz", "residuals")}
+        return super().finish(state) | own

@@ -1,0 +1,155 @@
+"""Eigenvalues of linearised steps, against problems whose spectrum is known."""
+
+import math
+
+import pytest
+import torch
+
+from l2olib import spectra
+from l2olib.data import load
+from l2olib.optimizees import MLP, Task
+from l2olib.optimizers import SGD, Adam, AdamW, constant
+from l2olib.train import Alone, drive
+
+
+class Quadratic:
+    """A task of one kind of item: f(x) = x'Hx / 2."""
+
+    def __init__(self, hessian):
+        self.hessian = hessian
+
+    def loss_and_grad(self, params, idx):
+        return params @ self.hessian @ params / 2, self.hessian @ params
+
+
+def quadratic(*eigenvalues):
+    turn = torch.linalg.qr(
+        torch.randn(
+            len(eigenvalues),
+            len(eigenvalues),
+            generator=torch.Generator().manual_seed(1),
+            dtype=torch.float64,
+        )
+    ).Q
+    return Quadratic(turn @ torch.diag(torch.tensor(eigenvalues).double()) @ turn.T)
+
+
+def values(task, optimizer, n, size, params=None):
+    params = torch.ones(n, dtype=torch.float64) if params is None else params
+    step, at = spectra.step_map(
+        task, optimizer, {}, params, optimizer.init(params), torch.arange(1)
+    )
+    return spectra.ritz_values(step, at, size)
+
+
+def test_gradient_descent_on_a_quadratic_has_one_minus_rate_times_curvature():
+    found, residuals = values(quadratic(8.0, 3.0, 1.0), SGD(constant(0.3)), 3, 3)
+    expected = torch.tensor([1 - 0.3 * 8, 1 - 0.3, 1 - 0.3 * 3], dtype=torch.float64)
+    torch.testing.assert_close(found.real, expected, rtol=0, atol=1e-10)
+    assert found.imag.abs().max() < 1e-10
+    assert residuals.max() < 1e-8
+
+
+@pytest.mark.parametrize("curvature", [0.5, 60.0])
+def test_momentum_has_the_roots_of_its_characteristic_polynomial(curvature):
+    """Heavy ball: z^2 - (1 + beta - lr h) z + beta, by hand."""
+    rate, beta = 0.05, 0.9
+    found, _ = values(quadratic(curvature), SGD(constant(rate), momentum=beta), 1, 2)
+    half = (1 + beta - rate * curvature) / 2
+    root = torch.tensor(half**2 - beta, dtype=torch.complex128).sqrt()
+    expected = torch.stack([half + root, half - root])
+    order = expected.abs().argsort(descending=True)
+    got = sorted(found.tolist(), key=lambda z: (round(abs(z), 9), z.imag))
+    want = sorted(expected[order].tolist(), key=lambda z: (round(abs(z), 9), z.imag))
+    assert got == pytest.approx(want, abs=1e-9)
+
+
+def test_the_krylov_space_of_a_long_vector_finds_the_rim():
+    eigenvalues = [20.0, *torch.linspace(0, 1, 199).tolist()]
+    found, residuals = values(quadratic(*eigenvalues), SGD(constant(0.1)), 200, 12)
+    left = found.real.argmin()
+    assert found[left].real.item() == pytest.approx(-1.0, abs=1e-8)
+    assert residuals[left] < 1e-6
+
+
+def test_an_exhausted_space_leaves_nan():
+    found, residuals = values(quadratic(2.0, 2.0), SGD(constant(0.3)), 2, 4)
+    assert found[0].real.item() == pytest.approx(0.4)
+    assert found[1:].isnan().all() and residuals[1:].isnan().all()
+
+
+def test_a_step_without_a_derivative_is_refused():
+    params = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    task = Quadratic(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)))
+    with pytest.raises(ValueError, match="no derivative here: choose"):
+        values(task, Adam(constant(1e-3)), 2, 3, params)
+    smooth = AdamW(constant(1e-3), eps_root=1e-8)
+    assert values(task, smooth, 2, 3, params)[0].isfinite().any()
+
+
+def test_a_training_records_the_hessians_largest_eigenvalue():
+    """Against the dense Hessian of a network small enough to have one."""
+    rate = 0.5
+    work = spectra.Linearised(
+        optimizee=MLP((2, 4, 2)),
+        data="moons",
+        method=Alone(SGD(constant(rate))),
+        steps=20,
+        seeds=(3,),
+        segment=10,
+        batch=64,
+        evaluations=2,
+        sample=256,
+        size=12,
+    )
+    job = work.job("cpu", False, {"optimizer": {}})
+    state = job.start()
+    for _ in range(2):
+        state = job.advance(state)
+    task = Task(work.optimizee, load("moons"))
+    params = state["method"]["params"][0].double()
+    hessian = torch.func.hessian(task.loss)(params, torch.arange(256))
+    largest = torch.linalg.eigvalsh(hessian)[-1].item()
+    arrays = job.finish(state)
+    left = arrays["ritz"][0, -1, :, 0].nan_to_num(math.inf).min().item()
+    assert left == pytest.approx(1 - rate * largest, abs=1e-5)
+    assert arrays["ritz"].shape == (1, 2, 12, 2)
+
+
+def test_a_resumed_training_has_the_same_bits(tmp_path):
+    work = spectra.Linearised(
+        optimizee=MLP((2, 4, 2)),
+        data="moons",
+        method=Alone(AdamW(constant(1e-2), eps_root=1e-8)),
+        steps=20,
+        seeds=(0,),
+        segment=10,
+        batch=32,
+        sample=64,
+        size=5,
+    )
+
+    def job():
+        return work.job("cpu", False, {"optimizer": {}})
+
+    whole, _ = drive(job())
+    half = job()
+    torch.save(half.advance(half.start()), tmp_path / "half")
+    state = torch.load(tmp_path / "half", weights_only=True)
+    again = job()
+    arrays = again.finish(again.advance(state))
+    for name, value in whole.items():
+        assert torch.equal(value.nan_to_num(7), arrays[name].nan_to_num(7)), name
+
+
+def test_several_replicas_are_refused():
+    with pytest.raises(ValueError, match="replicas must be 1"):
+        spectra.Linearised(
+            optimizee=MLP((2, 4, 2)),
+            data="moons",
+            method=Alone(SGD(constant(0.1))),
+            steps=10,
+            seeds=(0, 1),
+            replicas=2,
+            segment=10,
+        )
