@@ -12,13 +12,20 @@ from scipy.stats import permutation_test, spearmanr
 from l2olib import claims
 from l2olib.claims import (
     LEDGER,
+    Claim,
+    NotTestable,
+    divergence,
+    judge,
+    kinds,
+    window_mean,
+)
+from l2olib.claims.kinds import (
     AcceptsWorse,
     AtTheEdge,
     BarFalls,
     BetterTrained,
     Breaks,
     Cheaper,
-    Claim,
     Descends,
     Diverges,
     DivergesOn,
@@ -34,7 +41,6 @@ from l2olib.claims import (
     MoreSwitching,
     NearOptimum,
     Noisier,
-    NotTestable,
     NotWorse,
     Quieter,
     RisesFirst,
@@ -45,12 +51,9 @@ from l2olib.claims import (
     TimesSlower,
     Unbiased,
     Wins,
-    divergence,
     ending,
     holm,
-    judge,
     sign_flip,
-    window_mean,
 )
 from l2olib.experiments import ExperimentError
 from l2olib.train import summarize
@@ -124,7 +127,7 @@ def test_holm_by_hand():
 def test_detectable_effect():
     # z(0.95) + z(0.8) = 1.6449 + 0.8416, times s / sqrt(n).
     d = torch.tensor([1.0, 3.0, 1.0, 3.0])
-    assert claims.detectable(d) == pytest.approx(2.4865 * d.std().item() / 2, rel=1e-3)
+    assert kinds.detectable(d) == pytest.approx(2.4865 * d.std().item() / 2, rel=1e-3)
 
 
 # ---- reading curves ------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_interrupted(toy_table, cli, monkeypatch):
     def stop(*_args, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiments, "drive", stop)
+    monkeypatch.setattr(experiments.runs, "drive", stop)
     status, _, err = cli("run", "toy.train")
     assert status == 130 and err == ["l2olib: interrupted; the last checkpoint is kept"]
 

@@ -7,6 +7,7 @@ import torch
 from problems import make_toy_data, make_toy_table  # noqa: F401
 
 from l2olib import claims, experiments, records
+from l2olib.claims import kinds
 from l2olib.experiments import EXPERIMENTS, PROFILES, ExperimentError, find, results
 from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
@@ -232,7 +233,7 @@ def test_tasks_and_methods_of_star():
             "STAR 0.1", "STAR 0.5", "Blackbox", "Hyperparam", "Adam", "NAdamW"
         }  # fmt: skip
         found = {label.split(", ")[0] for label in labels}
-        assert found == set(claims._TASKS[name])
+        assert found == set(claims.star._TASKS[name])
         assert labels == {f"{t}, {m}" for t in found for m in methods}
         for run in runs(name):
             task = tasks.setdefault(run.label.split(", ")[0], run.work)
@@ -252,7 +253,7 @@ def test_tasks_and_methods_of_star():
         (t.experiment, t.method, t.reference)
         for c in claims.LEDGER
         for t in c.tests
-        if isinstance(t, claims.Lower) and t.experiment in GENERALIZATION
+        if isinstance(t, claims.kinds.Lower) and t.experiment in GENERALIZATION
     ]
     for name, *labels in read:
         assert set(labels) <= {r.label for r in runs(name)}
@@ -445,7 +446,7 @@ def test_record_mode_shows_what_is_whole_and_names_the_rest(toy_table):
     assert [r.name for r, _ in few] == ["SGD/0", "SGD/1"]
     assert experiments.pending("toy.fig", "record") == "Not recorded yet: LGL2O."
     with pytest.raises(claims.NotTestable, match="no record of LGL2O"):
-        claims.Switching("toy.fig", "LGL2O")(experiments.evidence("toy.fig")[0])
+        kinds.Switching("toy.fig", "LGL2O")(experiments.evidence("toy.fig")[0])
     assert experiments.pending("toy.fig", "smoke") == ""
     (stale,) = [r for r in found if r.name == "SGD/1"]
     stale.path.write_bytes(found[0].path.read_bytes())
@@ -522,7 +523,7 @@ def test_meta_trainings_of_different_length_stay_apart():
     """Figure 2 has one curve for each pair of meta-training and data set."""
     labels = [r.label for r in runs("lgl2o.fig2")]
     assert len(labels) == len(set(labels))
-    read = [t for c in claims.LEDGER for t in c.tests if isinstance(t, claims.Learns)]
+    read = [t for c in claims.LEDGER for t in c.tests if isinstance(t, kinds.Learns)]
     assert read and {f"{t.zeta}/{t.data}" for t in read} <= set(labels)
 
 
@@ -547,7 +548,7 @@ def test_claims_are_judged_on_recorded_curves(toy_table):
     """From records to a verdict: an optimizer compared with itself, and a guard."""
     record_all("toy.train", "toy.fig")
     tie = claims.Claim(
-        "T1", "x", "s", "t", (claims.Lower("toy.fig", "SGD", "SGD", (0, 20)),)
+        "T1", "x", "s", "t", (kinds.Lower("toy.fig", "SGD", "SGD", (0, 20)),)
     )
     (verdict,) = claims.judge([tie], experiments.evidence)
     assert verdict.verdict == "not reproduced"

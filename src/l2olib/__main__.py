@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         for entry in experiments.find(args.pattern)
         if args.profile in entry.profiles
         for run in entry.runs(args.profile)
-        if experiments.fnmatch.fnmatch(run.name, args.only)
+        if fnmatch.fnmatch(run.name, args.only)
     ]
     if not todo:
         raise ExperimentError(

@@ -1,0 +1,93 @@
+"""The ledger of claims: what a paper says, the test of it, the verdict from records.
+
+A test is a small declarative object; its hash enters the provenance of every record
+it reads, so a test written or changed after its record shows as *post hoc*. Nobody
+types a verdict: :func:`judge` computes it. Words ("diverges", "not worse", ...) are
+defined by the project's protocol and repeated on the classes below.
+
+Curves are what :func:`l2olib.experiments.curves` makes of an experiment's records:
+a dict from a method's name to arrays whose first axis is the seed.
+
+``kinds`` has the kinds of tests and their statistics, ``verdicts`` what a row is and
+how it is judged, ``lgl2o`` and ``star`` the rows.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable
+
+from . import lgl2o, star
+from .kinds import (
+    Curves,
+    NotTestable,
+    Outcome,
+    divergence,
+    first_near,
+    rank_correlation,
+    window_mean,
+)
+from .verdicts import Claim, Verdict, judge
+
+__all__ = [
+    "LEDGER",
+    "Claim",
+    "Curves",
+    "NotTestable",
+    "Verdict",
+    "divergence",
+    "first_near",
+    "hashes_for",
+    "judge",
+    "markdown",
+    "rank_correlation",
+    "report",
+    "window_mean",
+]
+
+LEDGER = (*lgl2o.ROWS, *star.ROWS)
+
+
+def hashes_for(experiment: str) -> dict[str, str]:
+    """The tests that read ``experiment``, by claim: what its records remember."""
+    return {c.id: c.hashes[experiment] for c in LEDGER if experiment in c.hashes}
+
+
+def report(pattern: str = "*") -> list[Verdict]:
+    """Judge all claims whose id matches, chapter by chapter, from committed records."""
+    from .. import experiments
+
+    chosen = [c for c in LEDGER if fnmatch.fnmatch(c.id, pattern)]
+    if not chosen:
+        raise experiments.ExperimentError(
+            f"there is no claim {pattern!r}: choose from "
+            + ", ".join(c.id for c in LEDGER)
+        )
+    verdicts = []
+    for chapter in dict.fromkeys(c.chapter for c in chosen):
+        rows = [c for c in LEDGER if c.chapter == chapter]
+        verdicts += [v for v in judge(rows, experiments.evidence) if v.claim in chosen]
+    return verdicts
+
+
+def markdown(verdicts: Iterable[Verdict]) -> str:
+    """The ledger as a Markdown table: claim, verdict, and the tests with outcomes."""
+    lines = ["| claim | the paper says | verdict | tests and what they found |",
+             "|---|---|---|---|"]  # fmt: skip
+    for v in verdicts:
+        cells, waiting = [], Counter(o for _, o in v.findings if isinstance(o, str))
+        for test, outcome in v.findings:
+            if isinstance(outcome, Outcome):
+                mark = "✓" if outcome.passed else "✗"
+                cells.append(f"{mark} {test}: {outcome.measured}")
+        for why, count in waiting.items():
+            cells.append(f"· {count} test{'s' * (count > 1)} not testable: {why}")
+        verdict = f"**{v.verdict}**"
+        if v.p is not None:
+            verdict += f"<br>Holm p = {v.p:.2g}"
+        if v.post_hoc:
+            verdict += "<br>*post hoc*"
+        source = f"{v.claim.statement} ({v.claim.source})"
+        lines.append(f"| {v.claim.id} | {source} | {verdict} | {'<br>'.join(cells)} |")
+    return "\n".join(lines)

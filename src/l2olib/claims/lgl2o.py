@@ -1,0 +1,580 @@
+"""LGL2O, GL2O, and the guards of this book: rows B, C and N."""
+
+from __future__ import annotations
+
+from .kinds import (
+    AcceptsWorse,
+    BarFalls,
+    Breaks,
+    Cheaper,
+    Diverges,
+    FewerHyperparameters,
+    KeepsBetter,
+    Later,
+    Learns,
+    Lower,
+    MoreSwitching,
+    Noisier,
+    NotWorse,
+    RisesFirst,
+    Saturates,
+    Stuck,
+    Switching,
+    Window,
+)
+from .verdicts import Claim
+
+_GUARD = "02-loss-guard"
+_FAR = "02b-out-of-distribution"
+_ONE = "02c-one-at-a-time"
+_LEARN = "01-learning-to-optimize"
+_RESIDUAL = "04-gradient-guard"
+_NOISE = "05-noisy-criterion"
+_ZETA = "lgl2o-lstm-0"
+_EARLY, _MIDDLE, _LATE, _LONG = (
+    (0, 100),
+    (100, 1_000),
+    (1_000, 10_000),
+    (50_000, 100_000),
+)
+
+
+def _both_parts(
+    figure: str, *windows: Window, guard: str = "LGL2O"
+) -> tuple[NotWorse, ...]:
+    return tuple(
+        NotWorse(figure, guard, part, window)
+        for window in windows
+        for part in ("L2O", "SGD")
+    )
+
+
+_FIG3, _FIG4, _FIG5 = "lgl2o.fig3", "lgl2o.fig4", "lgl2o.fig5"
+_ABLATIONS = "lgl2o.ablations"
+_CONV3 = "lgl2o.ablations-conv3"
+_FIG6, _FIG7, _FIG9 = "lgl2o.fig6", "lgl2o.fig7", "lgl2o.fig9"
+_FIG8, _ADAM, _MOMENTUM = "lgl2o.fig8", "lgl2o.adam", "lgl2o.momentum"
+_CONVEX, _FAILURES = "lgl2o.convex", "ours.guard_failures"
+_SHORT, _SECOND = (1_000, 2_000), ("lgl2o-lstm-1", "lgl2o-lstm-2")
+_RULES = (
+    "geometric",
+    "average, weight 0.9",
+    "average, weight 0.1",
+    "recent term",
+    "arithmetic",
+    "recent maximum",
+)
+_WINDOWS = {
+    _FIG3: (_EARLY, _MIDDLE, _LATE),
+    _FIG4: (_EARLY, _MIDDLE, _LATE, _LONG),
+    _FIG5: (_EARLY, _MIDDLE, _LATE, _LONG),
+    _FIG6: (_EARLY, _MIDDLE, _LATE),
+    _FIG7: (_EARLY, _MIDDLE, _LATE),
+}
+
+
+def _everywhere(guard: str, *parts: str) -> tuple[NotWorse, ...]:
+    """Not worse than ``parts`` at all times, on the five problems of this book."""
+    return tuple(
+        NotWorse(figure, guard, part, window)
+        for figure, windows in _WINDOWS.items()
+        for window in windows
+        for part in parts or ("L2O", "SGD")
+    )
+
+
+ROWS: tuple[Claim, ...] = (
+    Claim(
+        "B1",
+        _LEARN,
+        "LGL2O Fig. 2",
+        "Meta-trained on MNIST, the L2O also learns Fashion-MNIST, Moons and Circles; "
+        "the small MLP lacks capacity on Spirals and CIFAR-10",
+        (
+            Learns("lgl2o.fig2", _ZETA, "mnist", 10),
+            Learns("lgl2o.fig2", _ZETA, "fashion-mnist", 10),
+            Learns("lgl2o.fig2", _ZETA, "moons", 2),
+            Learns("lgl2o.fig2", _ZETA, "circles", 2),
+            Learns("lgl2o.fig2", _ZETA, "spirals", 2, expected=False),
+            Learns("lgl2o.fig2", _ZETA, "cifar10", 10, expected=False),
+        ),
+    ),
+    Claim(
+        "B2",
+        _GUARD,
+        "LGL2O Fig. 3",
+        "L2O is fastest early and starts diverging after about 1,000 steps; LGL2O is "
+        "as good as or better than both its parts at all times; use_l2o drifts towards "
+        "the fallback but not for good",
+        (
+            Lower("lgl2o.fig3", "L2O", "SGD", _EARLY),
+            Lower("lgl2o.fig3", "L2O", "SGD+momentum", _EARLY),
+            Lower("lgl2o.fig3", "L2O", "Adam", _EARLY),
+            Diverges("lgl2o.fig3", "L2O", between=(300, 3_000)),
+            *_both_parts("lgl2o.fig3", _EARLY, _MIDDLE, _LATE),
+            Switching("lgl2o.fig3", "LGL2O"),
+        ),
+    ),
+    Claim(
+        "B2-reset",
+        _GUARD,
+        "B2, open detail 1",
+        "With a memory that is reset after a rejection LGL2O is as good as or better "
+        "than both its parts at all times, and drifts towards the fallback",
+        (
+            *_both_parts(_FIG3, _EARLY, _MIDDLE, _LATE, guard="LGL2O reset"),
+            Switching(_FIG3, "LGL2O reset"),
+        ),
+    ),
+    Claim(
+        "B3",
+        _GUARD,
+        "LGL2O Fig. 3",
+        "GL2O does not diverge; over steps 0 to 100 it is better than SGD without "
+        "momentum and much worse than L2O",
+        (
+            Diverges("lgl2o.fig3", "GL2O", expected=False),
+            Lower("lgl2o.fig3", "GL2O", "SGD", _EARLY),
+            Lower("lgl2o.fig3", "L2O", "GL2O", _EARLY, by=0.1),
+        ),
+    ),
+    Claim(
+        "B4",
+        _FAR,
+        "LGL2O Fig. 4",
+        "Circles: LGL2O, L2O and Adam are alike early; L2O diverges later; LGL2O is "
+        "noisier than GL2O late and starts diverging after 20,000 steps; Adam is much "
+        "faster in the long run",
+        (
+            NotWorse(_FIG4, "LGL2O", "L2O", _EARLY),
+            NotWorse(_FIG4, "L2O", "Adam", _EARLY),
+            NotWorse(_FIG4, "Adam", "L2O", _EARLY),
+            Diverges(_FIG4, "L2O"),
+            Noisier(_FIG4, "LGL2O", "GL2O", _LONG),
+            Diverges(_FIG4, "LGL2O", between=(20_000, 100_000)),
+            Lower(_FIG4, "Adam", "LGL2O", _LONG),
+            Lower(_FIG4, "Adam", "SGD", _LONG),
+        ),
+    ),
+    Claim(
+        "B5",
+        _FAR,
+        "LGL2O Fig. 5",
+        "Spirals: the loss of L2O rises first; SGD is stuck on a plateau for good, "
+        "Adam for very long; after 50,000 steps LGL2O is clearly better than both its "
+        "parts",
+        (
+            RisesFirst(_FIG5, "L2O"),
+            Stuck(_FIG5, "SGD", _LONG, _LATE),
+            Stuck(_FIG5, "Adam", _LATE, _MIDDLE),
+            Lower(_FIG5, "LGL2O", "SGD", _LATE),
+            Lower(_FIG5, "LGL2O", "L2O", _LONG, by=0.02),
+            Lower(_FIG5, "LGL2O", "SGD", _LONG, by=0.02),
+        ),
+    ),
+    Claim(
+        "B6",
+        _FAR,
+        "LGL2O Fig. 6",
+        "MNIST, Conv3: L2O diverges very quickly, GL2O diverges, LGL2O tracks SGD",
+        (
+            Lower(_FIG6, "SGD", "L2O", _LATE, by=0.5),
+            Lower(_FIG6, "SGD", "GL2O", _LATE, by=0.5),
+            NotWorse(_FIG6, "LGL2O", "SGD", _MIDDLE),
+            NotWorse(_FIG6, "LGL2O", "SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "B7",
+        _FAR,
+        "LGL2O Fig. 7",
+        "CIFAR-10, Conv3: L2O, GL2O and SGD with momentum diverge to a high loss; "
+        "LGL2O converges on its fallback from the start",
+        (
+            Lower(_FIG7, "SGD", "L2O", _LATE, by=0.2),
+            Lower(_FIG7, "SGD", "GL2O", _LATE, by=0.2),
+            Lower(_FIG7, "SGD", "SGD+momentum", _LATE, by=0.2),
+            NotWorse(_FIG7, "LGL2O", "SGD", _EARLY),
+            NotWorse(_FIG7, "LGL2O", "SGD", _MIDDLE),
+            NotWorse(_FIG7, "LGL2O", "SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "B8",
+        _FAR,
+        "LGL2O Fig. 8",
+        "Tiny-ImageNet-50, Conv5: the loss of L2O is high, GL2O is NaN at once, LGL2O "
+        "does as SGD",
+        (
+            Lower(_FIG8, "SGD", "L2O", _SHORT, by=0.2),
+            Breaks(_FIG8, "GL2O", 100),
+            NotWorse(_FIG8, "LGL2O", "SGD", _MIDDLE),
+            NotWorse(_FIG8, "LGL2O", "SGD", _SHORT),
+        ),
+    ),
+    Claim(
+        "B9",
+        _FAR,
+        "LGL2O Fig. 9",
+        "Spirals: with Adam as the fallback LGL2O is clearly better than with SGD",
+        (Lower(_FIG9, "LGL2O over Adam", "LGL2O over SGD", _LONG, by=0.02),),
+    ),
+    Claim(
+        "B10",
+        _ONE,
+        "LGL2O, section 4.2",
+        "With one validation batch in place of ten the guard switches to and fro; with "
+        "more, less",
+        (
+            MoreSwitching(_ABLATIONS, "n_c=1", "LGL2O"),
+            MoreSwitching(_ABLATIONS, "LGL2O", "n_c=100"),
+        ),
+    ),
+    Claim(
+        "B11",
+        _RESIDUAL,
+        "LGL2O, Algorithm 1",
+        "Without noise the loss after a decision of LGL2O is never above that after "
+        "the fallback's step from the same point",
+        (KeepsBetter(_CONVEX, "LGL2O exact"),),
+    ),
+    Claim(
+        "B12",
+        _GUARD,
+        "LGL2O, conclusion",
+        "At all times and in all cases LGL2O is as good as or better than its "
+        "constituents",
+        (
+            *_everywhere("LGL2O"),
+            *_both_parts("lgl2o.fig8", _EARLY, _MIDDLE),
+        ),
+    ),
+    Claim(
+        "B13",
+        _GUARD,
+        "LGL2O, introduction and conclusion",
+        "Successful optimization up to millions of steps",
+        (
+            Diverges("lgl2o.million", "LGL2O", expected=False),
+            Later("lgl2o.million", "LGL2O", (900_000, 1_000_000), (9_000, 10_000)),
+        ),
+    ),
+    Claim(
+        "B14",
+        _GUARD,
+        "LGL2O, section 3",
+        "LGL2O has fewer hyperparameters than GL2O",
+        (FewerHyperparameters("lgl2o.fig3", "LGL2O", "GL2O"),),
+    ),
+    Claim(
+        "B15",
+        _GUARD,
+        "LGL2O, section 3",
+        "LGL2O is computationally less expensive than GL2O",
+        (
+            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "flops"),
+            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "depth"),
+            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "seconds"),
+        ),
+    ),
+    Claim(
+        "B16",
+        _ONE,
+        "LGL2O, section 4",
+        "The phase in which the loss rises first is necessary for the L2O to work: "
+        "with a decision after every step it is vetoed",
+        (
+            Lower(_ABLATIONS, "LGL2O", "n_t=1", _EARLY),
+            NotWorse(_ABLATIONS, "SGD", "n_t=1", _EARLY),
+        ),
+    ),
+    Claim(
+        "B17",
+        _FAR,
+        "LGL2O, section 4.2",
+        "Circles: with Adam as its fallback LGL2O does as Adam alone",
+        (
+            NotWorse(_ADAM, "LGL2O over Adam", "Adam", _LATE),
+            NotWorse(_ADAM, "LGL2O over Adam", "Adam", _LONG),
+            NotWorse(_ADAM, "Adam", "LGL2O over Adam", _LONG),
+        ),
+    ),
+    Claim(
+        "B18",
+        _FAR,
+        "LGL2O Fig. 7",
+        "CIFAR-10, Conv3: momentum diverges because its rate was chosen on 300 steps; "
+        "at a tenth of the rate it does not",
+        (
+            Lower(_MOMENTUM, "SGD+momentum 0.1", "SGD+momentum 1", _LATE, by=0.2),
+            NotWorse(_MOMENTUM, "SGD+momentum 0.1", "SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "C1",
+        _RESIDUAL,
+        "LGL2O Fig. 3",
+        "In distribution GL2O never diverges, but over steps 0 to 100 it is better "
+        "than SGD without momentum and much worse than L2O",
+        (
+            Diverges(_FIG3, "GL2O", expected=False),
+            Lower(_FIG3, "GL2O", "SGD", _EARLY),
+            Lower(_FIG3, "L2O", "GL2O", _EARLY, by=0.1),
+        ),
+    ),
+    Claim(
+        "C2",
+        _RESIDUAL,
+        "LGL2O Figs. 4, 5",
+        "On Circles and Spirals GL2O prevents divergence at the price of a slower "
+        "start; on Circles it is less noisy than LGL2O late",
+        (
+            Diverges(_FIG4, "GL2O", expected=False),
+            Diverges(_FIG5, "GL2O", expected=False),
+            Lower(_FIG4, "L2O", "GL2O", _EARLY),
+            Lower(_FIG5, "L2O", "GL2O", _MIDDLE),
+            Noisier(_FIG4, "LGL2O", "GL2O", _LONG),
+        ),
+    ),
+    Claim(
+        "C3",
+        _RESIDUAL,
+        "LGL2O Figs. 6, 7",
+        "On Conv3 GL2O diverges like L2O, its guarantee notwithstanding",
+        (
+            Lower(_FIG6, "SGD", "GL2O", _LATE, by=0.5),
+            Lower(_FIG7, "SGD", "GL2O", _LATE, by=0.2),
+        ),
+    ),
+    Claim(
+        "C4",
+        _RESIDUAL,
+        "ours, on C3",
+        "On Conv3 GL2O fails because units saturate: gradients vanish far from a "
+        "minimum, so bad proposals have a small residual",
+        (
+            Saturates(_FIG6, "GL2O"),
+            Saturates(_FIG7, "GL2O"),
+            AcceptsWorse(_FIG6, "GL2O"),
+            AcceptsWorse(_FIG7, "GL2O"),
+        ),
+    ),
+    Claim(
+        "C5",
+        _RESIDUAL,
+        "LGL2O, section 3",
+        "A step of GL2O needs two gradients one after the other, a step of LGL2O two "
+        "side by side and its share of the validation passes",
+        (
+            Cheaper(_FIG3, "LGL2O", "GL2O", "depth"),
+            Cheaper(_FIG3, "LGL2O", "GL2O", "gradients"),
+            Cheaper(_FIG3, "GL2O", "LGL2O", "forwards"),
+        ),
+    ),
+    Claim(
+        "C6",
+        _RESIDUAL,
+        "GL2O, theory",
+        "On a convex problem, beside an L2O that does not settle, the bar of GL2O "
+        "never rises and the loss goes where gradient descent takes it, by every rule",
+        (
+            Lower(_CONVEX, "GD", "L2O", _SHORT, by=0.02),
+            *(BarFalls(_CONVEX, f"GL2O {rule}") for rule in _RULES),
+            *(NotWorse(_CONVEX, f"GL2O {rule}", "GD", _SHORT) for rule in _RULES),
+        ),
+    ),
+    Claim(
+        "N1",
+        _NOISE,
+        "ours",
+        "A margin of three standard errors alone, the memory carried on, makes LGL2O "
+        "as good as or better than both its parts at all times",
+        _everywhere("LGL2O margin"),
+    ),
+    Claim(
+        "N2",
+        _NOISE,
+        "ours",
+        "With the memory reset after a rejection and a margin of three standard errors "
+        "LGL2O is as good as or better than both its parts at all times",
+        _everywhere("LGL2O reset, margin"),
+    ),
+    Claim(
+        "N3",
+        _NOISE,
+        "ours",
+        "So it is with the sequential test in place of the margin",
+        _everywhere("LGL2O reset, sequential"),
+    ),
+    Claim(
+        "N4",
+        _NOISE,
+        "ours",
+        "The margin removes what noise does to LGL2O late: lower on MNIST and Circles, "
+        "less switching, no divergence",
+        (
+            Lower(_FIG3, "LGL2O margin", "LGL2O", _LATE),
+            Lower(_FIG4, "LGL2O margin", "LGL2O", _LONG),
+            MoreSwitching(_FIG3, "LGL2O", "LGL2O margin"),
+            MoreSwitching(_FIG4, "LGL2O", "LGL2O margin"),
+            Diverges(_FIG3, "LGL2O margin", expected=False),
+            Diverges(_FIG4, "LGL2O margin", expected=False),
+        ),
+    ),
+    Claim(
+        "N5",
+        _NOISE,
+        "ours",
+        "A noise-aware guard is worth its test: better than L2O for 100 steps and its "
+        "fallback from there on",
+        (
+            Lower(_FIG3, "LGL2O reset, margin", "L2O, then SGD", _MIDDLE),
+            Lower(_FIG4, "LGL2O reset, margin", "L2O, then SGD", _LATE),
+            Lower(_FIG5, "LGL2O reset, margin", "L2O, then SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "N6",
+        _NOISE,
+        "ours",
+        "A guard over two hand-crafted optimizers does as well as the better of them",
+        tuple(
+            NotWorse(figure, "LGL2O of Adam", part, window)
+            for figure, window in ((_FIG3, _LATE), (_FIG4, _LONG), (_FIG5, _LONG))
+            for part in ("Adam", "SGD")
+        ),
+    ),
+    Claim(
+        "N7",
+        _NOISE,
+        "ours",
+        "What makes LGL2O diverge late on Circles is the noise of its criterion: with "
+        "the full loss it does not",
+        (
+            Diverges(_FIG4, "LGL2O full loss", expected=False),
+            Lower(_FIG4, "LGL2O full loss", "LGL2O", _LONG),
+            NotWorse(_FIG4, "LGL2O full loss", "SGD", _LONG),
+        ),
+    ),
+    Claim(
+        "N8",
+        _NOISE,
+        "ours",
+        "The lazy guard does as well as the guard with reset and margin, for less work",
+        (
+            NotWorse(_FIG3, "LGL2O reset, lazy", "LGL2O reset, margin", _LATE),
+            NotWorse(_FIG4, "LGL2O reset, lazy", "LGL2O reset, margin", _LONG),
+            NotWorse(_FIG6, "LGL2O reset, lazy", "LGL2O reset, margin", _LATE),
+            Cheaper(_FIG3, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
+            Cheaper(_FIG4, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
+            Cheaper(_FIG6, "LGL2O reset, lazy", "LGL2O reset, margin", "flops"),
+        ),
+    ),
+    Claim(
+        "N9",
+        _NOISE,
+        "ours",
+        "Two other meta-trained optimizers on Circles: without noise in its criterion "
+        "LGL2O does not diverge and is at least as good as its fallback late",
+        tuple(
+            test
+            for zeta in _SECOND
+            for test in (
+                Diverges(_FAILURES, f"LGL2O full loss, {zeta}", expected=False),
+                NotWorse(_FAILURES, f"LGL2O full loss, {zeta}", "SGD", _LONG),
+            )
+        ),
+    ),
+    Claim(
+        "N10",
+        _NOISE,
+        "ours",
+        "For them, too, the sequential and the lazy guard do not diverge and are at "
+        "least as good as the fallback late",
+        tuple(
+            test
+            for zeta in _SECOND
+            for guard in ("LGL2O reset, sequential", "LGL2O reset, lazy")
+            for test in (
+                Diverges(_FAILURES, f"{guard}, {zeta}", expected=False),
+                NotWorse(_FAILURES, f"{guard}, {zeta}", "SGD", _LONG),
+            )
+        ),
+    ),
+    Claim(
+        "N11",
+        _NOISE,
+        "ours, on B4",
+        "Two other meta-trained optimizers: the published LGL2O diverges on Circles",
+        tuple(Diverges(_FAILURES, f"LGL2O, {zeta}") for zeta in _SECOND),
+    ),
+    Claim(
+        "N12",
+        _NOISE,
+        "ours",
+        "With a shadow LGL2O is at all times as good as or better than its fallback",
+        _everywhere("LGL2O shadow", "SGD"),
+    ),
+    Claim(
+        "N13",
+        _NOISE,
+        "ours",
+        "With a shadow LGL2O is at all times as good as or better than without",
+        _everywhere("LGL2O shadow", "LGL2O"),
+    ),
+    Claim(
+        "N14",
+        _NOISE,
+        "ours",
+        "Adam alone, its rate tuned over the whole horizon on other seeds, ends below "
+        "every guard",
+        tuple(
+            Lower(figure, "Adam tuned", guard, window)
+            for figure, window in ((_FIG3, _LATE), (_FIG4, _LONG), (_FIG5, _LONG))
+            for guard in ("LGL2O", "LGL2O reset, margin", "LGL2O shadow")
+        ),
+    ),
+    Claim(
+        "N15",
+        _NOISE,
+        "ours",
+        "A guard is worth its test also when the switch's time is tuned on other seeds",
+        (
+            Lower(_FIG3, "LGL2O reset, margin", "L2O, then SGD tuned", _MIDDLE),
+            Lower(_FIG4, "LGL2O reset, margin", "L2O, then SGD tuned", _LONG),
+            Lower(_FIG5, "LGL2O reset, margin", "L2O, then SGD tuned", _LONG),
+        ),
+    ),
+    Claim(
+        "N16",
+        _NOISE,
+        "ours",
+        "The fallback's rate is no handicap: a guard over SGD at the paper's rate ends "
+        "no worse than SGD at a tuned one",
+        tuple(
+            NotWorse(figure, "LGL2O shadow", "SGD tuned", window)
+            for figure, window in ((_FIG3, _LATE), (_FIG4, _LONG), (_FIG5, _LONG))
+        ),
+    ),
+    Claim(
+        "N17",
+        _ONE,
+        "ours, on B10",
+        "On Conv3, too, the guard switches to and fro more with fewer validation "
+        "batches",
+        (
+            MoreSwitching(_CONV3, "n_c=1", "LGL2O"),
+            MoreSwitching(_CONV3, "LGL2O", "n_c=100"),
+        ),
+    ),
+    Claim(
+        "N18",
+        _ONE,
+        "ours, on B16",
+        "On Conv3 a decision after every step vetoes the learned optimizer",
+        (
+            Lower(_CONV3, "LGL2O", "n_t=1", _EARLY),
+            NotWorse(_CONV3, "SGD", "n_t=1", _EARLY),
+        ),
+    ),
+)

@@ -1,0 +1,370 @@
+"""STAR and meta-training by evolution strategies: rows S and P."""
+
+from __future__ import annotations
+
+from .kinds import (
+    AtTheEdge,
+    BetterTrained,
+    Descends,
+    Diverges,
+    DivergesOn,
+    GoesWith,
+    Inside,
+    Later,
+    Less,
+    Lower,
+    Matched,
+    NearOptimum,
+    Quieter,
+    StepsInside,
+    TimesSlower,
+    Unbiased,
+    Wins,
+)
+from .verdicts import Claim
+
+_DESIGN = "09-stability-by-design"
+_EVOLUTION = "10-evolution-strategies"
+_FIG1, _FIG2A, _FIG2C = "star.fig1", "star.fig2a", "star.fig2c"
+_ALPHAS = tuple(f"alpha={share:g}" for share in (0, 0.1, 0.2, 0.3, 0.4))
+_EDGE, _STABILITY = "star.edge", "star.stability"
+_STAR4 = "star.fig4"
+_TASKS = {
+    _STAR4: ("MLP layer norm", "ResNet", "LSTM", "Transformer"),
+    "star.appfig5": (
+        "MLP ReLU",
+        "MLP tanh",
+        "MLP batch norm",
+        "MLP wide",
+        "MLP MNIST",
+    ),
+    "star.appfig6": (
+        "MLP squared error",
+        "Autoencoder MNIST",
+        "Autoencoder Fashion-MNIST",
+        "Autoencoder CIFAR-10",
+        "ConvNet",
+    ),
+}
+"""STAR's generalization tasks by figure."""
+_NEARLY_ALL = (0.8, 1.0)
+
+
+def _each(method: str, reference: str, share: tuple[float, float]) -> tuple[Wins, ...]:
+    """The same comparison in each of the figures of generalization tasks."""
+    return tuple(Wins(f, t, method, reference, share) for f, t in _TASKS.items())
+
+
+_FIG3A, _FIG3C, _STARS = "star.fig3a", "star.fig3", "star.ablations"
+_HORIZON = 2_000
+"""Inner steps of an unroll in the meta-training of STAR's networks."""
+
+
+def _on_both(
+    method: str, reference: str, iterations: int | None = None, margin: float = 0.0
+) -> tuple[BetterTrained, ...]:
+    """Of both meta-trainings (seeds 0 and 1) of STAR's appendix, each against its
+    like."""
+    return tuple(
+        BetterTrained(_STARS, f"{method} #{k}", f"{reference} #{k}", iterations, margin)
+        for k in range(2)
+    )
+
+
+ROWS: tuple[Claim, ...] = (
+    Claim(
+        "S1",
+        _DESIGN,
+        "STAR Fig. 2a",
+        "For alpha inside (0, 2/lambda_max) the trace of the meta-gradient's variance "
+        "is lower at every horizon, dramatically so at long ones",
+        (
+            Quieter(_FIG2A, "exact", (0.0, 1.0), (1, 1_000)),
+            Quieter(_FIG2A, "exact", (0.25, 0.75), (1, 1_000)),
+            Quieter(_FIG2A, "exact", (0.25, 0.75), (100, 1_000), by=100.0),
+            Quieter(_FIG2A, "ES", (0.25, 0.75), (1, 1_000)),
+        ),
+    ),
+    Claim(
+        "S2",
+        _DESIGN,
+        "STAR Fig. 2b",
+        "Lower variance goes with smaller eigenvalues of A during meta-training",
+        (
+            GoesWith(_FIG2C, _ALPHAS, "variance", (0, 1_000)),
+            GoesWith(_FIG2C, _ALPHAS, "single", (0, 1_000)),
+        ),
+    ),
+    Claim(
+        "S3",
+        _DESIGN,
+        "STAR Fig. 2c",
+        "With a good alpha meta-training is near-optimal in under 1,000 iterations; "
+        "with a bad one it takes about 100 times as many, or never gets there",
+        (
+            NearOptimum(_FIG2C, _ALPHAS, 1_000),
+            TimesSlower(_FIG2C, _ALPHAS, 50.0),
+        ),
+    ),
+    Claim(
+        "S4",
+        _DESIGN,
+        "STAR Fig. 1",
+        "Nominal term, weight decay and preconditioner move the eigenvalues of A: to "
+        "the left, together, and to one scale; with all three they are inside the "
+        "unit circle",
+        (
+            Inside(_FIG1, "blackbox", expected=False),
+            Less(_FIG1, "nominal", "blackbox", "real"),
+            Less(_FIG1, "decay", "blackbox", "reach"),
+            Less(_FIG1, "preconditioner", "blackbox", "unevenness"),
+            Less(_FIG1, "all", "blackbox", "radius"),
+            Inside(_FIG1, "all"),
+        ),
+    ),
+    Claim(
+        "S9",
+        _DESIGN,
+        "STAR Fig. 4",
+        "Blackbox diverges on all four tasks; STAR with a suitable weight decay keeps "
+        "descending",
+        (
+            DivergesOn(_STAR4, _TASKS[_STAR4], "Blackbox"),
+            Descends(_STAR4, _TASKS[_STAR4], ("STAR 0.1", "STAR 0.5")),
+            Wins(_STAR4, _TASKS[_STAR4], "STAR 0.5", "Blackbox", _NEARLY_ALL),
+        ),
+    ),
+    Claim(
+        "S10",
+        _DESIGN,
+        "STAR Fig. 4",
+        "Out of distribution STAR is comparable to tuned Adam, and clearly better on "
+        "the layer-norm MLP",
+        (
+            Wins(_STAR4, _TASKS[_STAR4], "STAR 0.5", "Adam", (0.75, 1.0), within=1.05),
+            Lower(
+                _STAR4,
+                "MLP layer norm, STAR 0.5",
+                "MLP layer norm, Adam",
+                (9_000, 10_000),
+                by=0.02,
+            ),
+        ),
+    ),
+    Claim(
+        "S11",
+        _DESIGN,
+        "STAR, section 6",
+        "STAR nearly uniformly outperforms Blackbox over the generalization tasks",
+        _each("STAR 0.5", "Blackbox", _NEARLY_ALL),
+    ),
+    Claim(
+        "S16",
+        _DESIGN,
+        "STAR, App. C.3",
+        "Blackbox is unstable beside Hyperparam and STAR almost everywhere; between "
+        "STAR and Hyperparam the picture is mixed",
+        (
+            *(DivergesOn(f, t, "Blackbox", share=0.8) for f, t in _TASKS.items()),
+            *_each("Hyperparam", "Blackbox", _NEARLY_ALL),
+            *_each("STAR 0.5", "Hyperparam", (0.2, 0.8)),
+        ),
+    ),
+    Claim(
+        "S21",
+        _DESIGN,
+        "STAR, App. C.3",
+        "NAdamW tuned with many trials is a strong baseline that STAR does not "
+        "generally beat",
+        _each("STAR 0.5", "NAdamW", (0.0, 0.5)),
+    ),
+    Claim(
+        "S20",
+        _DESIGN,
+        "STAR, section 4.1",
+        "Training of neural networks runs at the upper bound of stability, whatever "
+        "the optimizer and its step size",
+        tuple(
+            AtTheEdge(_EDGE, name)
+            for name in (
+                *(f"GD {rate}" for rate in (0.05, 0.1, 0.2, 0.4)),
+                "GD+momentum 0.02",
+                "Adam 0.001",
+                *(f"SGD {rate}" for rate in (0.1, 0.2)),
+            )
+        ),
+    ),
+    Claim(
+        "S22",
+        _DESIGN,
+        "ours, on STAR's section 4",
+        "On the network of its meta-training the step of STAR, parameters and state "
+        "together, ends without an eigenvalue outside the unit circle; that of "
+        "Blackbox has some",
+        (
+            StepsInside(_STABILITY, "STAR 0.1 #0"),
+            StepsInside(_STABILITY, "STAR 0.5 #0"),
+            StepsInside(_STABILITY, "Blackbox #0", expected=False),
+        ),
+    ),
+    Claim(
+        "S5",
+        _EVOLUTION,
+        "STAR Fig. 3a",
+        "STAR meta-trains faster than Blackbox and ends lower (MLP, Fashion-MNIST; one "
+        "meta-training of each)",
+        tuple(
+            BetterTrained(_FIG3A, f"STAR {decay} #0", "Blackbox #0", iterations)
+            for decay in ("0.1", "0.5")
+            for iterations in (512, None)
+        ),
+    ),
+    Claim(
+        "S6",
+        _EVOLUTION,
+        "STAR Fig. 3a",
+        "STAR meta-trains faster than Hyperparam and ends lower (likewise)",
+        tuple(
+            BetterTrained(_FIG3A, f"STAR {decay} #0", "Hyperparam #0", iterations)
+            for decay in ("0.1", "0.5")
+            for iterations in (512, None)
+        ),
+    ),
+    Claim(
+        "S7",
+        _EVOLUTION,
+        "STAR Fig. 3c",
+        "Beyond the 2,000 steps of meta-training Blackbox diverges, STAR does not",
+        (
+            Diverges(_FIG3C, "Blackbox #0", between=(_HORIZON, 20_000)),
+            Diverges(_FIG3C, "STAR 0.1 #0", expected=False),
+            Diverges(_FIG3C, "STAR 0.5 #0", expected=False),
+            Lower(_FIG3C, "STAR 0.1 #0", "Blackbox #0", (10_000, 20_000)),
+            Lower(_FIG3C, "STAR 0.5 #0", "Blackbox #0", (10_000, 20_000)),
+        ),
+    ),
+    Claim(
+        "S8",
+        _EVOLUTION,
+        "STAR, section 5",
+        "STAR stays good for almost two orders of magnitude more steps than it was "
+        "meta-trained on",
+        (
+            Diverges("star.long", "STAR 0.5 #0", expected=False),
+            Later("star.long", "STAR 0.5 #0", (100_000, 200_000), (1_000, _HORIZON)),
+        ),
+    ),
+    Claim(
+        "S12",
+        _EVOLUTION,
+        "STAR, App. C.1",
+        "The comparison of STAR with Blackbox and Hyperparam comes out alike for other "
+        "seeds of meta-training (here two)",
+        (*_on_both("STAR 0.5", "Blackbox"), *_on_both("STAR 0.5", "Hyperparam")),
+    ),
+    Claim(
+        "S13",
+        _EVOLUTION,
+        "STAR, App. C.2",
+        "An outer weight decay of 0.1 to 0.5 is a good trade-off: 1.0 over-damps, 0 "
+        "does not hurt meta-training",
+        (
+            *_on_both("STAR 0.1", "STAR 1"),
+            *_on_both("STAR 0.5", "STAR 1"),
+            *_on_both("STAR 0", "STAR 0.1", margin=0.02),
+            *_on_both("STAR 0", "STAR 0.5", margin=0.02),
+        ),
+    ),
+    Claim(
+        "S14",
+        _EVOLUTION,
+        "STAR, App. C.2",
+        "The preconditioner improves the meta-loss",
+        _on_both("STAR 0", "no preconditioner"),
+    ),
+    Claim(
+        "S15",
+        _EVOLUTION,
+        "STAR, App. C.2",
+        "Without a nominal term meta-training is slower; on Fashion-MNIST its final "
+        "performance is similar",
+        (
+            *_on_both("STAR 0", "no nominal term", 64),
+            *_on_both("no nominal term", "STAR 0", margin=0.02),
+        ),
+    ),
+    Claim(
+        "S17",
+        _EVOLUTION,
+        "STAR, abstract",
+        "The computational overhead of STAR matches that of Blackbox",
+        (
+            Matched(_FIG3C, "STAR 0.5 #0", "Blackbox #0", "flops"),
+            Matched(_FIG3C, "STAR 0.5 #0", "Blackbox #0", "seconds"),
+        ),
+    ),
+    Claim(
+        "S19",
+        _EVOLUTION,
+        "STAR, section 5.1 (announced, not shown)",
+        "AdamAggMo, the nominal term of STAR, is as good as any other of its list",
+        tuple(
+            test
+            for name in ("Adam", "AggMo", "SGDM", "SGD")
+            for test in _on_both("STAR 0", f"nominal {name}", margin=0.02)
+        ),
+    ),
+    Claim(
+        "P1",
+        _EVOLUTION,
+        "ours",
+        "PES is unbiased; truncated ES is not, and neither is PES with the restarts of "
+        "the reference code",
+        (
+            Unbiased("ours.bias", "PES"),
+            Unbiased("ours.bias", "truncated ES", expected=False),
+            Unbiased("ours.bias", "PES slot", expected=False),
+        ),
+    ),
+    Claim(
+        "P2",
+        _EVOLUTION,
+        "ours",
+        "The variance of PES grows with the truncations since the unroll began, and is "
+        "then above that of truncated ES",
+        (
+            Less("ours.variance", "PES 100", "PES 1000", "late"),
+            Less("ours.variance", "truncated ES 1000", "PES 1000", "late"),
+        ),
+    ),
+    Claim(
+        "P3",
+        _EVOLUTION,
+        "ours",
+        "Over a whole unroll the mean of the estimates of PES varies less than one "
+        "estimate of ES, for the same inner steps",
+        (
+            Less("ours.variance", "PES 100", "ES 100", "whole"),
+            Less("ours.variance", "PES 1000", "ES 1000", "whole"),
+        ),
+    ),
+    Claim(
+        "P4",
+        _EVOLUTION,
+        "ours",
+        "At equal inner steps PES ends closer to the best learning rate than truncated "
+        "ES and truncated back-propagation",
+        (
+            Less("ours.rate", "PES", "truncated ES", "final"),
+            Less("ours.rate", "PES", "truncated back-propagation", "final"),
+        ),
+    ),
+    Claim(
+        "P5",
+        _EVOLUTION,
+        "ours",
+        "Where an unroll can be differentiated as a whole, that ends closer still than "
+        "PES",
+        (Less("ours.rate", "back-propagation", "PES", "final"),),
+    ),
+)

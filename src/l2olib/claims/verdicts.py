@@ -1,0 +1,89 @@
+"""A claim with its tests, and what records make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import records
+from .kinds import ALPHA, Curves, NotTestable, Outcome, holm
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the ledger. All its tests must pass for "reproduced"."""
+
+    id: str
+    chapter: str
+    source: str
+    statement: str
+    tests: tuple[Any, ...]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """For each experiment it reads: the hash of the tests that read it."""
+        read: dict[str, list[Any]] = {}
+        for test in self.tests:
+            read.setdefault(test.experiment, []).append(records.spec(test))
+        return {name: records.digest(tests)[:12] for name, tests in read.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judged row: the verdict, and for each test its outcome or why there is none."""
+
+    claim: Claim
+    verdict: str
+    findings: tuple[tuple[Any, Outcome | str], ...]
+    p: float | None
+    post_hoc: bool
+
+
+def judge(
+    claims: Iterable[Claim], load: Callable[[str], tuple[Curves, Mapping[str, str]]]
+) -> list[Verdict]:
+    """Judge the rows of ONE chapter's ledger (Holm's adjustment runs over them).
+
+    ``load(experiment)`` gives its curves and the test hashes known when its records
+    were made; it raises :class:`NotTestable` where there are no records. A row's
+    p-value is the largest of its tests (all must hold).
+    """
+    claims = list(claims)
+    found: list[list[tuple[Any, Outcome | str]]] = []
+    late: list[bool] = []
+    for claim in claims:
+        row: list[tuple[Any, Outcome | str]] = []
+        changed = False
+        for test in claim.tests:
+            try:
+                curves, known = load(test.experiment)
+                row.append((test, test(curves)))
+                changed |= known.get(claim.id) != claim.hashes[test.experiment]
+            except NotTestable as why:
+                row.append((test, str(why)))
+        found.append(row)
+        late.append(changed)
+    ps = [
+        max((o.p for _, o in row if isinstance(o, Outcome) and o.p is not None),
+            default=None)
+        for row in found
+    ]  # fmt: skip
+    tested = [i for i, p in enumerate(ps) if p is not None]
+    adjusted = dict(zip(tested, holm([ps[i] or 0.0 for i in tested]), strict=True))
+    return [
+        Verdict(claim, _verdict(row, adjusted.get(i)), tuple(row), adjusted.get(i), new)
+        for i, (claim, row, new) in enumerate(zip(claims, found, late, strict=True))
+    ]
+
+
+def _verdict(row: Sequence[tuple[Any, Outcome | str]], p: float | None) -> str:
+    outcomes = [o for _, o in row if isinstance(o, Outcome)]
+    if not outcomes:
+        return "not testable yet"
+    passed = sum(o.passed for o in outcomes)
+    if passed == 0:
+        return "not reproduced"
+    if passed == len(row) and (p is None or p < ALPHA):
+        return "reproduced"
+    return "partly"

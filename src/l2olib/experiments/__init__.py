@@ -1,0 +1,81 @@
+"""The table of experiments: figure id x profile -> everything that determines a result.
+
+An experiment is a list of :class:`Run`; a run is what is executed, checkpointed,
+resumed, timed and stored, as one record. What differs between the profiles ``smoke``,
+``laptop`` and ``paper`` is data in this table, never an ``if`` in an algorithm. A run's
+``work`` is a frozen dataclass (:class:`~l2olib.train.Training`,
+:class:`~l2olib.metatrain.truncated.MetaTraining`, ...) that names its whole
+configuration and makes the job that computes it.
+
+``runs`` has the mechanism; ``lgl2o``, ``star`` and ``transfer`` have the entries, each
+with what they are made of.
+"""
+
+from . import lgl2o, star, transfer
+from .lgl2o import FIGURES, L2O, RULES, SMALL_MLP, lgl2o_methods, settings
+from .runs import (
+    EXPERIMENTS,
+    PROFILES,
+    Experiment,
+    ExperimentError,
+    Run,
+    curves,
+    evidence,
+    find,
+    hours,
+    hyperparameters,
+    load_weights,
+    pending,
+    results,
+    summary,
+    table,
+    trainings,
+)
+from .star import (
+    APPENDIX,
+    HORIZONS,
+    INTERVENTIONS,
+    STAR_FIG3,
+    STAR_MLP,
+    STAR_SHARES,
+    star_optimizer,
+    star_training,
+    star_weights,
+)
+
+__all__ = [
+    "APPENDIX",
+    "EXPERIMENTS",
+    "FIGURES",
+    "HORIZONS",
+    "INTERVENTIONS",
+    "L2O",
+    "PROFILES",
+    "RULES",
+    "SMALL_MLP",
+    "STAR_FIG3",
+    "STAR_MLP",
+    "STAR_SHARES",
+    "Experiment",
+    "ExperimentError",
+    "Run",
+    "curves",
+    "evidence",
+    "find",
+    "hours",
+    "hyperparameters",
+    "lgl2o_methods",
+    "load_weights",
+    "pending",
+    "results",
+    "settings",
+    "star_optimizer",
+    "star_training",
+    "star_weights",
+    "summary",
+    "table",
+    "trainings",
+]
+
+for _module in (lgl2o, star, transfer):
+    EXPERIMENTS.update({entry.id: entry for entry in _module.ENTRIES})

@@ -1,0 +1,428 @@
+"""Runs and experiments: what is computed, stored, read back and judged."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import claims, records
+from ..data import find_root, load
+from ..metatrain.truncated import LearningCurve, MetaWork
+from ..records import Record, RecordError
+from ..train import BURN_IN, Training, drive, repeatable
+from ..tuning import (
+    Chosen,
+)
+
+PROFILES = ("smoke", "laptop", "paper")
+
+
+class ExperimentError(Exception):
+    """A request that cannot be met; the message says what is allowed."""
+
+
+# ---- runs ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One computation of an experiment: its name, its work, and its record's place."""
+
+    experiment: str
+    version: int
+    profile: str
+    name: str
+    work: Any
+
+    @property
+    def label(self) -> str:
+        """What the run shows (a method, a data set, ...): its name less the group."""
+        return self.name.rpartition("/")[0] or self.name
+
+    @property
+    def path(self) -> Path:
+        """Where the record lies: meta-trained weights have a folder of their own."""
+        data = find_root() / "data"
+        if isinstance(self.work, MetaWork) and self.profile != "smoke":
+            return data / "optimizers" / f"{self.name}.safetensors"
+        return (
+            data
+            / "records"
+            / self.profile
+            / self.experiment
+            / f"{self.name}.safetensors"
+        )
+
+    @property
+    def checkpoint(self) -> Path:
+        return find_root() / "data" / "scratch" / self.profile / self.experiment / (
+            f"{self.name}.checkpoint"
+        )  # fmt: skip
+
+    @cached_property
+    def trained(self) -> dict[str, Record]:
+        """The meta-training records whose weights the work needs, by role."""
+        names = getattr(self.work, "weights", {})
+        return {role: load_weights(name) for role, name in names.items()}
+
+    @cached_property
+    def tuning(self) -> Run | None:
+        """The run whose record says which method this one takes, if one does."""
+        chosen = getattr(self.work, "method", None)
+        if not isinstance(chosen, Chosen):
+            return None
+        version = EXPERIMENTS[chosen.experiment].version
+        return Run(chosen.experiment, version, self.profile, chosen.name, chosen.tuning)
+
+    @cached_property
+    def resolved(self) -> Any:
+        """The work with a tuned method, and the digests of its weights, filled in."""
+        work = self.work
+        if self.tuning is not None:
+            scores = self.tuning.load().arrays["scores"]
+            work = replace(work, method=work.method.settle(scores, work.steps))
+        if self.trained:
+            digests = {role: r.digest for role, r in self.trained.items()}
+            work = replace(work, digests=digests)
+        return work
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The JSON that determines the result and enters the content digest."""
+        return {
+            "experiment": self.experiment,
+            "version": self.version,
+            "seeds": list(self.work.seeds),
+            "work": records.spec(self.resolved),
+        }
+
+    def load(self) -> Record:
+        """Read the committed record; RecordError if absent, damaged or stale."""
+        return Record.load(self.path, self.config)
+
+    def state(self) -> str:
+        """``done``, ``stale`` (another configuration), ``missing`` or ``needs ...``."""
+        try:
+            config = self.config
+        except RecordError:
+            needs = set(self.work.weights.values())
+            if self.tuning is not None:
+                needs.add(f"{self.tuning.experiment} {self.tuning.name}")
+            return "needs " + ", ".join(sorted(needs))
+        if not self.path.exists():
+            return "missing"
+        try:
+            Record.load(self.path, config)
+        except RecordError as error:
+            return "stale" if "another configuration" in str(error) else "damaged"
+        return "done"
+
+    def execute(
+        self,
+        *,
+        device: str = "cpu",
+        compile: bool = False,
+        checkpoint: bool = True,
+        save_every: float = 60.0,
+        time_limit: float | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ) -> Record:
+        """Compute the record (resuming a checkpoint); it is not saved.
+
+        Raises :class:`l2olib.train.Unfinished` at ``time_limit`` seconds.
+        """
+        repeatable()
+        records.commit(), records.source_digest()  # of what runs, not of what is edited
+        metas = {k: weights_of(r, self.work, k) for k, r in self.trained.items()}
+        if isinstance(self.work, Training):
+            for role in self.work.method.optimizers:
+                metas.setdefault(role, {})
+        arrays, seconds = drive(
+            self.resolved.job(device, compile, metas),
+            key=records.digest(self.config),
+            checkpoint=self.checkpoint if checkpoint else None,
+            save_every=save_every,
+            time_limit=time_limit,
+            device=device,
+            report=report,
+        )
+        facts = records.provenance(
+            device=device,
+            seconds=seconds,
+            compiled=compile,
+            profile=self.profile,
+            claims=claims.hashes_for(self.experiment),
+            **self._data_facts(),
+        )
+        return Record(self.config, arrays, facts)
+
+    def _data_facts(self) -> dict[str, str]:
+        name = getattr(self.work, "data", None)
+        return {"data": name, "data_sha256": load(name).checksum} if name else {}
+
+
+def load_weights(name: str) -> Record:
+    """Read meta-trained weights ``data/optimizers/NAME.safetensors``."""
+    path = find_root() / "data" / "optimizers" / f"{name}.safetensors"
+    if not path.exists():
+        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
+        raise RecordError(
+            f"there are no weights {name}: meta-train them first, or choose one of "
+            f"{', '.join(known) or '(none yet)'}"
+        )
+    return Record.load(path)
+
+
+def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
+    """Take from a meta-training's record what ``work`` needs, and check it fits."""
+    if isinstance(work, LearningCurve):
+        wanted, optimizer = record.arrays, work.optimizer
+    else:
+        wanted = {
+            k.removeprefix("meta."): v
+            for k, v in record.arrays.items()
+            if k.startswith("meta.")
+        }
+        optimizer = work.method.optimizers[role]
+    trained = record.config["work"].get("optimizer")
+    if trained != records.spec(optimizer):
+        raise RecordError(
+            f"the weights were trained for {records.canonical(trained)}, which is not "
+            f"the {role} of this run: choose weights of the same architecture"
+        )
+    return wanted
+
+
+# ---- experiments ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure or table: its title, the chapter that shows it, and its runs.
+
+    ``version`` is raised when an algorithm behind it changes; older records are then
+    stale. ``build(profile, **options)`` makes the named works; the options (such as
+    ``seeds``) are the parameters that a chapter lets its reader change.
+    """
+
+    id: str
+    title: str
+    chapter: str
+    build: Callable[..., Iterable[tuple[str, Any]]]
+    version: int = 1
+    profiles: tuple[str, ...] = PROFILES
+
+    def runs(self, profile: str, **options: Any) -> list[Run]:
+        if profile not in self.profiles:
+            raise ExperimentError(
+                f"{self.id} has no profile {profile!r}: use {', '.join(self.profiles)}"
+            )
+        chosen = {k: v for k, v in options.items() if v is not None}
+        made = self.build(profile, **chosen)
+        return [Run(self.id, self.version, profile, n, w) for n, w in made]
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+"""All by id. Each module beside this one has its own; the package joins them."""
+
+
+def find(pattern: str) -> list[Experiment]:
+    """Experiments whose id matches a glob; ExperimentError if none does."""
+    found = [EXPERIMENTS[k] for k in fnmatch.filter(EXPERIMENTS, pattern)]
+    if not found:
+        raise ExperimentError(
+            f"there is no experiment {pattern!r}: choose from {', '.join(EXPERIMENTS)}"
+        )
+    return found
+
+
+def table() -> str:
+    """All experiments as a Markdown table: recorded runs and cost at each profile.
+
+    The cost is the measured time where every run has its record, else an estimate for
+    one CPU core.
+    """
+    lines = [
+        "| experiment | what it shows | chapter | laptop | paper |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in EXPERIMENTS.values():
+        cells = []
+        for profile in ("laptop", "paper"):
+            runs = entry.runs(profile)
+            done = [run.load() for run in runs if run.state() == "done"]
+            if len(done) == len(runs):
+                spent = sum(r.provenance["seconds"] for r in done)
+                cells.append(f"recorded, {hours(spent)}")
+            else:
+                left = hours(sum(run.work.seconds() for run in runs))
+                cells.append(f"{len(done)} of {len(runs)} runs, about {left}")
+        chapter = f"{{doc}}`{entry.chapter}`"
+        lines.append(
+            f"| `{entry.id}` | {entry.title} | {chapter} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def hours(seconds: float) -> str:
+    """A duration to two digits, in minutes or hours."""
+    return f"{seconds / 3600:.2g} h" if seconds >= 3600 else f"{seconds / 60:.2g} min"
+
+
+def results(
+    experiment: str, profile: str, only: Iterable[str] = (), **options: Any
+) -> list[tuple[Run, Record]]:
+    """What a chapter plots: committed records (``profile="record"``) or fresh ones.
+
+    ``record`` takes profile ``paper`` only if every run of the figure has its record,
+    else those labels of ``laptop`` whose runs are all recorded (RecordError if there
+    are none; :func:`pending` names the others). An option that does not fit the
+    records fails. ``only``: labels to which a chapter restricts itself (none: all).
+    """
+    (entry,) = find(experiment)
+    if profile != "record":
+        runs = entry.runs(profile, **options)
+        chosen = [r for r in runs if not only or r.label in only]
+        return [(r, r.execute(checkpoint=False)) for r in chosen]
+    candidate = "paper"
+    if not all(r.state() == "done" for r in entry.runs(candidate)):
+        candidate = "laptop"
+    runs = entry.runs(candidate)
+    if [r.work for r in entry.runs(candidate, **options)] != [r.work for r in runs]:
+        raise ExperimentError(
+            f"the records of {experiment} were made with other parameters: leave "
+            f"{', '.join(options)} at the default, or recompute with profile smoke, "
+            "laptop or paper"
+        )
+    runs = [r for r in runs if not only or r.label in only]
+    waiting = _waiting(runs)
+    ready = [r for r in runs if r.label not in waiting]
+    return [(r, r.load()) for r in ready or runs[:1]]
+
+
+def _waiting(runs: Iterable[Run]) -> list[str]:
+    return list(dict.fromkeys(r.label for r in runs if not r.path.exists()))
+
+
+def pending(experiment: str, profile: str) -> str:
+    """In record mode: a sentence on what has no record yet at ``laptop``; else ""."""
+    (entry,) = find(experiment)
+    if profile != "record":
+        return ""
+    waiting = _waiting(entry.runs("laptop"))
+    return f"Not recorded yet: {'; '.join(waiting)}." if waiting else ""
+
+
+def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Join the records of each label along their seeds (first axis).
+
+    To the recorded arrays come ``seconds`` (measured, a step and replica) and
+    :func:`hyperparameters`.
+    """
+    joined: dict[str, dict[str, torch.Tensor]] = {}
+    for run, record in found:
+        arrays = dict(record.arrays)
+        if isinstance(run.work, Training):
+            per_step = record.provenance["seconds"] / run.work.steps / run.work.replicas
+            arrays["seconds"] = torch.tensor([per_step])
+            arrays["hyperparameters"] = torch.tensor(
+                [hyperparameters(run.resolved.method)]
+            )
+        if run.label not in joined:
+            joined[run.label] = arrays
+            continue
+        for name, value in arrays.items():
+            if name not in SHARED:
+                both = [joined[run.label][name], value]
+                joined[run.label][name] = torch.cat(both)
+    return joined
+
+
+def summary(curves: claims.Curves) -> str:
+    """Tabulate (Markdown) where each method ends.
+
+    Medians over seeds of the losses and the error, work of a step, the share of
+    proposals accepted in the whole run, seeds that diverge.
+    """
+    lines = [
+        "| method | training loss | test loss | test error | MFLOP a step | "
+        "accepted | diverges |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, a in curves.items():
+        cells = [f"{a[k][:, -1].median():.3g}" for k in ("full_loss", "test_loss")]
+        cells += [f"{a['test_error'][:, -1].median():.1%}"]
+        cells += [f"{a['flops'].mean() / 1e6:.3g}"]
+        accepted = diverged = ""
+        if "use_l2o" in a:
+            everything = (0, int(a["decisions"][-1]))
+            share = claims.window_mean(a, everything, "use_l2o", "decisions").mean()
+            accepted = f"{share:.1%}"
+        if int(a["steps"][-1]) > BURN_IN:
+            found = claims.divergence(a)[0]
+            diverged = f"{int(found.sum())} of {len(found)}"
+        lines.append(f"| {name} | {' | '.join([*cells, accepted, diverged])} |")
+    end = int(a["steps"][-1])
+    return "\n".join(lines) + f"\n\n*After {end:,} steps; losses in nat.*"
+
+
+def hyperparameters(method: Any) -> int:
+    """Choices that are a guard's own: its numbers, and a rule with the rule's numbers.
+
+    Its two optimizers, with step size, schedule and weights, are not counted.
+    """
+    own = {k: v for k, v in vars(method).items() if k not in method.optimizers}
+    rules = [v for v in own.values() if is_dataclass(v)]
+    numbers = [v for part in [method, *rules] for v in vars(part).values()]
+    return len(rules) + sum(type(v) in (int, float) for v in numbers)
+
+
+SHARED = ("steps", "marks", "decisions", "rollouts")
+"""Arrays without a seed axis: the same in every record of a label."""
+
+
+def evidence(experiment: str) -> tuple[claims.Curves, dict[str, str]]:
+    """What a claim is judged on: curves of committed records, tests known when made."""
+    try:
+        found = results(experiment, "record")
+    except ExperimentError:
+        raise claims.NotTestable(f"{experiment} is not in the table yet") from None
+    except RecordError:
+        raise claims.NotTestable(f"{experiment} is not recorded in full") from None
+    known = [r.provenance["claims"] for _, r in found]
+    return curves(found), {k: v for k, v in known[0].items() if all(
+        other.get(k) == v for other in known)}  # fmt: skip
+
+
+def learned_roles(method: Any) -> list[str]:
+    """The roles of a method that take meta-trained weights."""
+    return [k for k, o in method.optimizers.items() if o.init_meta(0)]
+
+
+def trainings(
+    methods: dict[str, Any], weights: str, seeds: int, first: int = 0, **setting: Any
+) -> Iterable[tuple[str, Training]]:
+    """One work for each method and replica group; learned roles take ``weights``.
+
+    The seeds are ``first``, ``first + 1``, ... (a whole number of groups).
+    """
+    replicas = setting.get("replicas", 1)
+    for label, method in methods.items():
+        roles = learned_roles(method)
+        for start in range(first, first + seeds, replicas):
+            group = tuple(range(start, min(start + replicas, first + seeds)))
+            yield (
+                f"{label}/{(start - first) // replicas}",
+                Training(
+                    method=method,
+                    seeds=group,
+                    weights=dict.fromkeys(roles, weights),
+                    **setting,
+                ),
+            )
