@@ -30,6 +30,7 @@ from l2olib.metatrain.evolution import (
 from l2olib.metatrain.truncated import MetaTraining
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, constant
+from l2olib.records import Record
 from l2olib.train import drive, inner_steps
 
 HESSIAN = torch.tensor([[1.11, 0.596], [0.596, 0.486]], dtype=torch.float64)
@@ -466,7 +467,7 @@ def distributed() -> Evolution:
     return small(data="moons", estimator=PES(4, 4, 9, 0.01, offset=9), group=1)
 
 
-def two_ranks() -> list[str] | None:
+def two_ranks(script: str, **more: str) -> list[str] | None:
     """What each of two processes prints, started as by torchrun; None if they hang."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -478,10 +479,10 @@ def two_ranks() -> list[str] | None:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
             "PYTHONPATH": f"{SRC}{os.pathsep}{Path(__file__).parent}",
         }  # fmt: skip
-        environment = os.environ | {k: str(v) for k, v in there.items()}
+        environment = os.environ | {k: str(v) for k, v in there.items()} | more
         running.append(
             subprocess.Popen(
-                [sys.executable, "-c", RANK],
+                [sys.executable, "-c", script],
                 env=environment,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -503,7 +504,51 @@ def test_ranks_share_the_pairs_and_change_nothing():
     arrays, _ = drive(EvolutionJob(config))
     alone = records.digest(records.spec(config), arrays)
     # Between being found and used, a free port can be taken by another process.
-    assert (two_ranks() or two_ranks()) == [alone, alone]
+    assert (two_ranks(RANK) or two_ranks(RANK)) == [alone, alone]
+
+
+COMMAND = """
+import os, sys
+import torch.distributed as dist
+from test_evolution import distributed
+from l2olib import experiments, train
+from l2olib.__main__ import main
+experiments.EXPERIMENTS["toy.ranks"] = experiments.Experiment(
+    "toy.ranks", "A toy", "x", lambda profile: [("toy/0", distributed())]
+)
+
+class Clock:
+    "A limit of 4 s is reached after a few pieces; by the second rank's clock, at once."
+    now = 1e9 * int(os.environ["RANK"])
+    def monotonic(self):
+        Clock.now += 1.0
+        return Clock.now
+    def process_time(self):
+        return 0.0
+
+real, train.time = train.time, Clock()
+assert main(["run", "toy.ranks", "--time-limit", "4s"]) == 0
+train.time = real
+assert main(["run", "toy.ranks"]) == 0
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_stop_together_and_the_first_writes(tmp_path):
+    """Two processes on one experiment, by the command line: stopped, and gone on."""
+    there = {"L2OLIB_ROOT": str(tmp_path), "L2OLIB_DATA": str(tmp_path / "raw")}
+    found = two_ranks(COMMAND, **there) or two_ranks(COMMAND, **there)
+    assert found is not None
+    first, second = found
+    lines = first.splitlines()
+    assert second == ""
+    assert lines[0] == lines[2] == "toy.ranks toy/0 (laptop)"
+    assert "by the time limit; run the same command again to go on" in lines[1]
+    record = Record.load(tmp_path / "data" / "optimizers" / "toy" / "0.safetensors")
+    arrays, _ = drive(EvolutionJob(distributed()))
+    assert torch.equal(record.arrays["training"], arrays["training"])
+    assert record.digest.startswith(lines[3].split()[0])
+    assert not list(tmp_path.rglob("*.checkpoint"))
 
 
 def test_groups_of_pairs_agree(toy_data):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from . import claims, data, experiments
 from .data import DataError
 from .experiments import ExperimentError, Run, hours
 from .records import Record, RecordError
-from .train import Unfinished
+from .train import Unfinished, agreed, ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,41 +122,52 @@ def run(args: argparse.Namespace) -> int:
         raise ExperimentError(
             f"no run matches {args.only!r}: see python -m l2olib list --runs"
         )
+    first = ranks()[0] == 0
+
+    def say(text: str) -> None:
+        if first:
+            print(text, flush=True)
+
     for item in todo:
         left = None
         if args.time_limit is not None:
-            left = args.time_limit - (time.monotonic() - began)
+            left = agreed(args.time_limit - (time.monotonic() - began))
             if left <= 0:
-                print("time limit reached; run the same command again to go on")
+                say("time limit reached; run the same command again to go on")
                 return 0
+        state = agreed(item.state())  # what the first rank wrote is there for all now
         if not args.redo:
-            state = item.state()
             if state == "damaged":
                 item.load()  # raises: it is not for us to overwrite it unasked
             if state == "done":
                 continue
-        print(f"{item.experiment} {item.name} ({item.profile})", flush=True)
+        say(f"{item.experiment} {item.name} ({item.profile})")
         try:
             record = execute(item, args, left)
         except Unfinished as stop:
-            print(f"{stop}; run the same command again to go on")
+            say(f"{stop}; run the same command again to go on")
             return 0
-        record.save(item.path)
-        item.checkpoint.unlink(missing_ok=True)
-        print(f"    {record.digest[:12]}  {record.provenance['seconds']} s", flush=True)
+        if first:
+            record.save(item.path)
+            item.checkpoint.unlink(missing_ok=True)
+        say(f"    {record.digest[:12]}  {record.provenance['seconds']} s")
     return 0
 
 
 def execute(item: Run, args: argparse.Namespace, left: float | None) -> Record:
     """Execute one run with a progress bar (silent where there is no terminal)."""
-    with tqdm(disable=None, unit="step") as bar:
+    rank, count = ranks()
+    device = args.device
+    if device == "cuda" and count > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    with tqdm(disable=True if rank else None, unit="step") as bar:
 
         def report(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         return item.execute(
-            device=args.device, compile=args.compile, time_limit=left, report=report
+            device=device, compile=args.compile, time_limit=left, report=report
         )
 
 

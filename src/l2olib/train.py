@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import records
@@ -69,6 +70,28 @@ class Unfinished(Exception):
     """The time limit was reached; the checkpoint holds everything done so far."""
 
 
+def ranks() -> tuple[int, int]:
+    """This process among those that torchrun started, and their number; (0, 1)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def agreed(value: Any) -> Any:
+    """The first rank's ``value``, on every rank; the others wait for it here.
+
+    The ranks of torchrun must take the same turns, so what depends on a clock or on a
+    file is for the first to say. It alone writes.
+    """
+    if ranks()[1] == 1:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
 def drive(
     job: Job,
     *,
@@ -82,13 +105,13 @@ def drive(
     """Run ``job`` to its end; return its arrays and the seconds it took in all.
 
     These are seconds of processor time (a busy machine does not count against a run),
-    resumed pieces included.
+    resumed pieces included, of the first rank if there are several.
 
     ``key`` names the configuration: a checkpoint of another one is refused with
     :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in seconds.
     """
     began, worked, earlier = time.monotonic(), time.process_time(), 0.0
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and agreed(checkpoint.exists()):
         arrays, metadata = records.read(checkpoint, device)
         if metadata.get("key") != key:
             raise records.RecordError(
@@ -103,7 +126,7 @@ def drive(
         return earlier + time.process_time() - worked
 
     def save() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and ranks()[0] == 0:
             metadata = {"key": key, "seconds": elapsed()}
             records.write(checkpoint, records.flatten(state), metadata)
 
@@ -114,7 +137,8 @@ def drive(
             report(done, total)
         if done >= total:
             return job.finish(state), elapsed()
-        if time_limit is not None and time.monotonic() - began >= time_limit:
+        late = time_limit is not None and time.monotonic() - began >= time_limit
+        if agreed(late):
             save()
             raise Unfinished(f"stopped at {done} of {total} by the time limit")
         if time.monotonic() - saved >= save_every:

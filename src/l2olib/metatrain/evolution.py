@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,7 @@ from torch.utils._pytree import tree_map
 from ..data import train_indices
 from ..optimizees import check_built_for
 from ..optimizers import AdamW, Optimizer, State, constant
-from ..train import OVERHEAD, RATE, compiled, inner_steps
+from ..train import OVERHEAD, RATE, compiled, inner_steps, ranks
 from .truncated import TRAINING, MetaJob, MetaWork
 
 Step = Callable[[Tensor, Tensor, State, Tensor], tuple[Tensor, Tensor, State]]
@@ -223,15 +222,6 @@ def clipped(gradient: Tensor, bound: float) -> Tensor:
     return gradient.nan_to_num(0.0, 0.0, 0.0).clamp(-bound, bound)
 
 
-def rank_and_count() -> tuple[int, int]:
-    """Of this process among those that torchrun started; (0, 1) without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
 def generator(*key: Any) -> torch.Generator:
     """Return a generator whose numbers depend on all of ``key`` and nothing else."""
     word = hashlib.sha256(repr(key).encode()).digest()[:7]
@@ -367,9 +357,9 @@ class EvolutionJob(MetaJob):
             self.config.estimator,
             min(self.config.group, self.config.estimator.pairs),
         )
-        rank, ranks = rank_and_count()
+        rank, count = ranks()
         found = {}
-        for first in range(rank * size, e.pairs, ranks * size):
+        for first in range(rank * size, e.pairs, count * size):
             part = slice(first, first + size)
 
             def begin(pair: int, episode: int, first: int = first) -> Any:
@@ -379,8 +369,8 @@ class EvolutionJob(MetaJob):
             found[first] = e.estimate(
                 self.step, begin, meta, eps[part], own, batches[part]
             )
-        if ranks > 1:
-            shared: list[Any] = [None] * ranks
+        if count > 1:
+            shared: list[Any] = [None] * count
             dist.all_gather_object(shared, tree_map(Tensor.cpu, found))
             found = {first: part for one in shared for first, part in one.items()}
             found = tree_map(lambda x: x.to(self.device), found)
