@@ -436,7 +436,7 @@ class Shadow(LGL2O):
     With the full loss therefore f(x^k) <= f(s^k) at every decision: the guarded run is
     never worse than its fallback ALONE, for any optimizers and any f. With a noisy
     criterion the excess over f(s^k) is the harm of one decision; it does not add up,
-    because s^k is on offer again each time (ours).
+    because s^k is on offer again each time (ours; the book, Theorem V).
     """
 
     also = ("use_shadow",)
