@@ -20,6 +20,7 @@ from l2olib.claims import (
     window_mean,
 )
 from l2olib.claims.kinds import (
+    AcceptsMore,
     AcceptsWorse,
     AtTheEdge,
     BarFalls,
@@ -311,6 +312,19 @@ def test_more_switching():
     assert MoreSwitching("f", "A", "B")(curves).passed
     assert not MoreSwitching("f", "B", "A")(curves).passed
     assert "0.15 against 0.12" in MoreSwitching("f", "A", "B")(curves).measured
+
+
+def test_accepts_more():
+    def accepting(*shares):
+        """Bins of 10 and 30 decisions."""
+        use = torch.tensor([shares] * 5)
+        return {"use_l2o": use, "decisions": torch.tensor([10, 40])}
+
+    curves = {"A": accepting(0.0, 0.4), "B": accepting(0.9, 0.0)}  # 30% and 22.5%
+    assert AcceptsMore("f", "A", "B")(curves).passed
+    assert not AcceptsMore("f", "B", "A")(curves).passed
+    assert not AcceptsMore("f", "A", "A")(curves).passed
+    assert "30.0% against 22.5%" in AcceptsMore("f", "A", "B")(curves).measured
 
 
 def test_noisier_stuck_and_rising():

@@ -553,3 +553,20 @@ def test_claims_are_judged_on_recorded_curves(toy_table):
     (verdict,) = claims.judge([tie], experiments.evidence)
     assert verdict.verdict == "not reproduced"
     assert verdict.post_hoc, "the records were made before this test was written"
+
+
+@pytest.mark.parametrize("figure", ["fig3", "fig4", "fig5", "fig6", "fig7"])
+def test_a_search_tries_the_papers_choice_on_other_seeds(figure):
+    """A tuned baseline must not lose for want of the setting it is compared with."""
+    (entry,) = find(f"lgl2o.{figure}")
+    works = {r.label: r.work for r in entry.runs("laptop")}
+    for label in ("SGD", "SGD+momentum", "Adam", "L2O, then SGD"):
+        own, chosen = works[label], works[f"{label} tuned"].method
+        assert own.method in chosen.tuning.candidates
+        assert chosen.tuning.steps == own.steps
+        assert min(chosen.tuning.seeds) >= 1_000 > max(own.seeds)
+        assert set(chosen.tuning.weights) == set(own.weights)
+        (run,) = (
+            r for r in find("lgl2o.tune")[0].runs("laptop") if r.name == chosen.name
+        )
+        assert run.work == chosen.tuning

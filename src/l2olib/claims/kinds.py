@@ -322,6 +322,30 @@ class MoreSwitching:
 
 
 @dataclass(frozen=True)
+class AcceptsMore:
+    """``method`` accepts a larger share of proposals than ``reference``.
+
+    Over the whole run; paired by seed, one-sided sign-flip test.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (
+            window_mean(
+                arrays, (0, int(arrays["decisions"][-1])), "use_l2o", "decisions"
+            )
+            for arrays in (_method(curves, n) for n in (self.method, self.reference))
+        )
+        return _below_zero(b - a, f"{a.mean():.1%} against {b.mean():.1%} of proposals")
+
+    def __str__(self) -> str:
+        return f"{self.method} accepts more than {self.reference}"
+
+
+@dataclass(frozen=True)
 class Noisier:
     """The smoothed loss of ``method`` varies more than that of ``reference``.
 

@@ -27,6 +27,7 @@ from .verdicts import Claim
 _GUARD = "02-loss-guard"
 _FAR = "02b-out-of-distribution"
 _ONE = "02c-one-at-a-time"
+_CONV = "02d-convolutional-networks"
 _LEARN = "01-learning-to-optimize"
 _RESIDUAL = "04-gradient-guard"
 _NOISE = "05-noisy-criterion"
@@ -174,7 +175,7 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "B6",
-        _FAR,
+        _CONV,
         "LGL2O Fig. 6",
         "MNIST, Conv3: L2O diverges very quickly, GL2O diverges, LGL2O tracks SGD",
         (
@@ -186,7 +187,7 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "B7",
-        _FAR,
+        _CONV,
         "LGL2O Fig. 7",
         "CIFAR-10, Conv3: L2O, GL2O and SGD with momentum diverge to a high loss; "
         "LGL2O converges on its fallback from the start",
@@ -201,7 +202,7 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "B8",
-        _FAR,
+        _CONV,
         "LGL2O Fig. 8",
         "Tiny-ImageNet-50, Conv5: the loss of L2O is high, GL2O is NaN at once, LGL2O "
         "does as SGD",
@@ -301,7 +302,7 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "B18",
-        _FAR,
+        _CONV,
         "LGL2O Fig. 7",
         "CIFAR-10, Conv3: momentum diverges because its rate was chosen on 300 steps; "
         "at a tenth of the rate it does not",

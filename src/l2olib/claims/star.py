@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 from .kinds import (
+    AcceptsMore,
     AtTheEdge,
     BetterTrained,
     Descends,
@@ -15,6 +18,7 @@ from .kinds import (
     Lower,
     Matched,
     NearOptimum,
+    NotWorse,
     Quieter,
     StepsInside,
     TimesSlower,
@@ -27,7 +31,7 @@ _DESIGN = "09-stability-by-design"
 _EVOLUTION = "10-evolution-strategies"
 _FIG1, _FIG2A, _FIG2C = "star.fig1", "star.fig2a", "star.fig2c"
 _ALPHAS = tuple(f"alpha={share:g}" for share in (0, 0.1, 0.2, 0.3, 0.4))
-_EDGE, _STABILITY = "star.edge", "star.stability"
+_EDGE, _STABILITY, _GUARDED = "star.edge", "star.stability", "star.guarded"
 _STAR4 = "star.fig4"
 _TASKS = {
     _STAR4: ("MLP layer norm", "ResNet", "LSTM", "Transformer"),
@@ -205,6 +209,28 @@ ROWS: tuple[Claim, ...] = (
             StepsInside(_STABILITY, "STAR 0.1 #0"),
             StepsInside(_STABILITY, "STAR 0.5 #0"),
             StepsInside(_STABILITY, "Blackbox #0", expected=False),
+        ),
+    ),
+    Claim(
+        "S23",
+        _DESIGN,
+        "ours",
+        "A loss guard accepts more of the proposals of STAR than of those of Blackbox",
+        (AcceptsMore(_GUARDED, "LGL2O of STAR 0.5", "LGL2O of Blackbox"),),
+    ),
+    Claim(
+        "S24",
+        _DESIGN,
+        "ours",
+        "A guard keeps Blackbox from diverging; to STAR, stable by design, it adds "
+        "nothing and does no harm",
+        (
+            Diverges(_GUARDED, "Blackbox"),
+            Diverges(_GUARDED, "LGL2O of Blackbox", expected=False),
+            *(
+                NotWorse(_GUARDED, a, b, (1_000, 10_000))
+                for a, b in itertools.permutations(("LGL2O of STAR 0.5", "STAR 0.5"))
+            ),
         ),
     ),
     Claim(

@@ -12,7 +12,7 @@ with what they are made of.
 """
 
 from . import lgl2o, star, transfer
-from .lgl2o import FIGURES, L2O, RULES, SMALL_MLP, lgl2o_methods, settings
+from .lgl2o import FIGURES, L2O, LADDERS, RULES, SMALL_MLP, lgl2o_methods, settings
 from .runs import (
     EXPERIMENTS,
     PROFILES,
@@ -50,6 +50,7 @@ __all__ = [
     "HORIZONS",
     "INTERVENTIONS",
     "L2O",
+    "LADDERS",
     "PROFILES",
     "RULES",
     "SMALL_MLP",

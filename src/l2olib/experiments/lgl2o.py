@@ -621,19 +621,19 @@ ENTRIES = [
     Experiment(
         "lgl2o.fig6",
         "MNIST, Conv3: the same methods",
-        "02b-out-of-distribution",
+        "02d-convolutional-networks",
         FIGURES["lgl2o.fig6"],
     ),
     Experiment(
         "lgl2o.fig7",
         "CIFAR-10, Conv3: the same methods",
-        "02b-out-of-distribution",
+        "02d-convolutional-networks",
         FIGURES["lgl2o.fig7"],
     ),
     Experiment(
         "lgl2o.fig8",
         "Tiny-ImageNet-50, Conv5: the same methods",
-        "02b-out-of-distribution",
+        "02d-convolutional-networks",
         FIGURES["lgl2o.fig8"],
     ),
     Experiment(
@@ -645,7 +645,7 @@ ENTRIES = [
     Experiment(
         "lgl2o.fig10",
         "Tiny-ImageNet-50, Conv5: SGD over rates and decays",
-        "02b-out-of-distribution",
+        "02d-convolutional-networks",
         _fig10,
     ),
     Experiment(
@@ -681,7 +681,7 @@ ENTRIES = [
     Experiment(
         "lgl2o.momentum",
         "CIFAR-10, Conv3: SGD with momentum at four rates",
-        "02b-out-of-distribution",
+        "02d-convolutional-networks",
         _momentum,
     ),
     Experiment(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..data import load
+from ..guards import LGL2O
 from ..learned.mlp import Direction, MLPOptimizer, blackbox, hyperparam, star
 from ..metatrain.estimates import EstimateStatistics, RateTraining
 from ..metatrain.evolution import PES, Evolution, es
@@ -305,10 +306,11 @@ def _star_edge(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
     setting: dict[str, Any] = {
         "optimizee": EDGE,
         "data": "digits",
-        "steps": 40 if smoke else 1_000,
+        "steps": 20 if smoke else 1_000,
         "seeds": seeds or (1 if smoke else 5),
         "segment": 10,
-        "evaluations": 3 if smoke else 20,
+        "evaluations": 2 if smoke else 20,
+        "sample": 128 if smoke else 0,
     }
     whole: dict[str, Any] = {
         f"GD {rate:g}": Alone(SGD(constant(rate))) for rate in EDGE_RATES
@@ -356,6 +358,23 @@ def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
     """A hundred times the horizon of meta-training, also at ``laptop``."""
     changes = {} if profile == "smoke" else {"steps": 200_000}
     return star_tests(profile, ("STAR 0.5",), 1, **changes)
+
+
+def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """Does an optimizer that is stable by design need a guard? Over a tuned Adam."""
+    smoke = profile == "smoke"
+    setting = STAR_TEST[profile] | {"steps": 100 if smoke else 10_000}
+    setting |= {"seeds": seeds or (1 if smoke else 5), "replicas": 1}
+    setting |= {"sample": 32 if smoke else 2_000}
+    adam = adam_at(1e-3)
+    for variant in ("STAR 0.5", "Blackbox"):
+        of = star_training(profile, variant)
+        guard = LGL2O(of.optimizer, adam.optimizer, proposal_state="reset")
+        methods = {variant: Alone(of.optimizer), f"LGL2O of {variant}": guard}
+        weights = star_weights("mlp", variant, 0, profile)
+        same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+        yield from trainings(methods, weights, **same, **setting)
+    yield from trainings({"Adam": adam}, "", **same, **setting)
 
 
 # ---- ours: estimates of a meta-gradient that is known --------------------------------
@@ -471,6 +490,12 @@ ENTRIES = [
         "Fashion-MNIST: eigenvalues of the step of learned optimizers",
         "09-stability-by-design",
         _star_stability,
+    ),
+    Experiment(
+        "star.guarded",
+        "Fashion-MNIST: STAR and Blackbox under a loss guard",
+        "09-stability-by-design",
+        _star_guarded,
     ),
     Experiment(
         "star.long",
