@@ -570,3 +570,16 @@ def test_a_search_tries_the_papers_choice_on_other_seeds(figure):
             r for r in find("lgl2o.tune")[0].runs("laptop") if r.name == chosen.name
         )
         assert run.work == chosen.tuning
+
+
+def test_a_label_is_not_shown_before_all_its_runs_are_recorded(toy_table):
+    """Not even where nothing else is: half of the seeds are not the figure."""
+    (train,) = find("toy.train")[0].runs("laptop")
+    train.execute().save(train.path)
+    first, second, *_ = find("toy.fig")[0].runs("laptop")
+    assert first.label == second.label
+    first.execute().save(first.path)
+    with pytest.raises(RecordError):
+        results("toy.fig", "record")
+    second.execute().save(second.path)
+    assert {r.label for r, _ in results("toy.fig", "record")} == {first.label}

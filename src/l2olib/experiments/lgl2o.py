@@ -242,7 +242,7 @@ FIGURES: dict[str, Figure] = {
         "mnist",
         CONV3,
         {
-            "smoke": {"data": "digits28", "batch": 32, "steps": 50, "seeds": 1},
+            "smoke": {**_SMALL, "data": "digits28", "seeds": 1, "replicas": 1},
             "laptop": {"steps": 10_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
@@ -253,7 +253,7 @@ FIGURES: dict[str, Figure] = {
         "cifar10",
         CONV3,
         {
-            "smoke": {"data": "digits28", "batch": 32, "steps": 50, "seeds": 1},
+            "smoke": {**_SMALL, "data": "digits28", "seeds": 1, "replicas": 1},
             "laptop": {"steps": 10_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
@@ -264,7 +264,7 @@ FIGURES: dict[str, Figure] = {
         "tiny-imagenet-50",
         CONV5,
         {
-            "smoke": {"data": "digits64", "batch": 32, "steps": 50, "seeds": 1},
+            "smoke": {**_SMALL, "data": "digits64", "seeds": 1, "replicas": 1},
             "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 4},
             "paper": _PAPER,
         },

@@ -303,7 +303,8 @@ def results(
     runs = [r for r in runs if not only or r.label in only]
     waiting = _waiting(runs)
     ready = [r for r in runs if r.label not in waiting]
-    return [(r, r.load()) for r in ready or runs[:1]]
+    missing = [r for r in runs if not r.path.exists()]
+    return [(r, r.load()) for r in ready or missing[:1]]  # the latter raises
 
 
 def _waiting(runs: Iterable[Run]) -> list[str]:
