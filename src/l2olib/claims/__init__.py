@@ -54,16 +54,23 @@ def hashes_for(experiment: str) -> dict[str, str]:
     return {c.id: c.hashes[experiment] for c in LEDGER if experiment in c.hashes}
 
 
-def report(pattern: str = "*") -> list[Verdict]:
-    """Judge all claims whose id matches, chapter by chapter, from committed records."""
+def report(*patterns: str) -> list[Verdict]:
+    """Judge the claims whose id matches one of ``patterns`` (none: all of them).
+
+    Chapter by chapter, from committed records.
+
+    A chapter's rows are all judged together (see :func:`judge`), so ask once for all.
+    """
     from .. import experiments
 
-    chosen = [c for c in LEDGER if fnmatch.fnmatch(c.id, pattern)]
-    if not chosen:
-        raise experiments.ExperimentError(
-            f"there is no claim {pattern!r}: choose from "
-            + ", ".join(c.id for c in LEDGER)
-        )
+    patterns = patterns or ("*",)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(c.id, pattern) for c in LEDGER):
+            raise experiments.ExperimentError(
+                f"there is no claim {pattern!r}: choose from "
+                + ", ".join(c.id for c in LEDGER)
+            )
+    chosen = [c for c in LEDGER if any(fnmatch.fnmatch(c.id, p) for p in patterns)]
     verdicts = []
     for chapter in dict.fromkeys(c.chapter for c in chosen):
         rows = [c for c in LEDGER if c.chapter == chapter]

@@ -50,6 +50,19 @@ def judge(
     p-value is the largest of its tests (all must hold).
     """
     claims = list(claims)
+    read: dict[str, tuple[Curves, Mapping[str, str]] | NotTestable] = {}
+
+    def once(experiment: str) -> tuple[Curves, Mapping[str, str]]:
+        if experiment not in read:
+            try:
+                read[experiment] = load(experiment)
+            except NotTestable as why:
+                read[experiment] = why
+        known = read[experiment]
+        if isinstance(known, NotTestable):
+            raise known
+        return known
+
     found: list[list[tuple[Any, Outcome | str]]] = []
     late: list[bool] = []
     for claim in claims:
@@ -57,7 +70,7 @@ def judge(
         changed = False
         for test in claim.tests:
             try:
-                curves, known = load(test.experiment)
+                curves, known = once(test.experiment)
                 row.append((test, test(curves)))
                 changed |= known.get(claim.id) != claim.hashes[test.experiment]
             except NotTestable as why:
