@@ -8,6 +8,7 @@ runs a method (an optimizer alone, a guard, ...) on an optimizee.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,9 @@ PIECE = 10
 """Inner steps, about, that are one compiled function: it is unrolled, so longer ones
 take minutes to compile; shorter ones are called too often."""
 
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Names of glibc's mallopt: memory never goes back, and none is mapped by itself."""
+
 Trace = dict[str, Tensor]
 Metas = dict[str, Meta]
 
@@ -46,6 +50,21 @@ def repeatable() -> None:
     torch.use_deterministic_algorithms(True)
     # Nothing here reads memory before it writes it: filling it costs 7% of a run.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees (with glibc; else do nothing).
+
+    By default blocks of some megabytes go back to the kernel when they are freed and
+    are fetched again, page by page, for the next tensor: up to half the time of an
+    LSTM update without compilation (``benchmarks/speed.md``).
+    """
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    )
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)
 
 
 class Job(Protocol):
@@ -110,6 +129,7 @@ def drive(
     ``key`` names the configuration: a checkpoint of another one is refused with
     :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in seconds.
     """
+    keep_memory()
     began, worked, earlier = time.monotonic(), time.process_time(), 0.0
     if checkpoint is not None and agreed(checkpoint.exists()):
         arrays, metadata = records.read(checkpoint, device)
