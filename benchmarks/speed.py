@@ -7,6 +7,7 @@ or slow machine changes both alike. ``--save`` writes ``benchmarks/speed.md``.
 """
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from l2olib.metatrain.truncated import meta_gradient
 from l2olib.optimizees import MLP, Task
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
 from l2olib.records import commit
-from l2olib.train import Alone
+from l2olib.train import Alone, keep_memory
 
 LSTM = LSTMOptimizer()
 META = LSTM.init_meta(0)
@@ -58,6 +59,26 @@ def coordinate_major(grad, state):
         x = o.sigmoid() * c.tanh()
         new[f"h{layer}"], new[f"c{layer}"] = x, c
     return LSTM.scale * (x @ META["w_out"].T + META["b_out"])[:, 0], new
+
+
+def memory(n: int) -> None:
+    """An eager update where glibc gives freed memory back (its default), and keeps it.
+
+    Numbers of glibc's mallopt.h: -1 is the size above which free memory is trimmed, -4
+    the number of blocks that are mapped by themselves.
+    """
+    libc = ctypes.CDLL(None)
+    grad = torch.randn(n) * 1e-2
+    state = LSTM.init(grad)
+
+    def update(keep: bool) -> None:
+        keep_memory() if keep else (libc.mallopt(-4, 65_536), libc.mallopt(-1, 131_072))
+        for _ in range(5):
+            LSTM.update(META, grad, state, grad)
+
+    given, kept = alternate(lambda: update(False), lambda: update(True), repeats=9)
+    row(f"L2O update, memory given back / kept, n = {n:,}", f"{given / kept:.2f}",
+        f"{kept / 5 * 1e3:.2f} ms")  # fmt: skip
 
 
 def updates(n: int = 15_910) -> None:
@@ -154,6 +175,9 @@ def main() -> None:
     )
     save = options.parse_args().save
     torch.set_num_threads(1)
+    for n in (7_706, 15_910, 97_442):  # Conv3 on CIFAR-10, MLP on MNIST, Conv5
+        memory(n)
+    keep_memory()
     updates()
     replicas((2, 20, 2), "circles", (1, 5, 25))
     replicas((784, 20, 10), "mnist", (1, 5, 25))

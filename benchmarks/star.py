@@ -19,7 +19,7 @@ from l2olib.metatrain.evolution import PES, Evolution, EvolutionJob
 from l2olib.optimizees import MLP
 from l2olib.optimizers import Adam, constant
 from l2olib.records import commit
-from l2olib.train import inner_steps
+from l2olib.train import inner_steps, keep_memory
 
 NET = MLP((784, 128, 128, 10), "relu")
 LAYOUT = NET.layout
@@ -224,6 +224,7 @@ def main() -> None:
     options.add_argument("--load", default="nothing else", help="what else was running")
     chosen = options.parse_args()
     torch.set_num_threads(1)
+    keep_memory()
     memory()
     updates()
     iterations()

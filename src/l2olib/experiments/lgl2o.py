@@ -265,7 +265,7 @@ FIGURES: dict[str, Figure] = {
         CONV5,
         {
             "smoke": {**_SMALL, "data": "digits64", "seeds": 1, "replicas": 1},
-            "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 4},
+            "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
         {"lr": 0.01, "adam": 1e-3},
