@@ -27,7 +27,12 @@ from l2olib.metatrain.evolution import (
     es,
     over_pairs,
 )
-from l2olib.metatrain.truncated import MetaTraining
+from l2olib.metatrain.truncated import (
+    VALIDATION,
+    LearningCurve,
+    LearningCurveJob,
+    MetaTraining,
+)
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, constant
 from l2olib.records import Record
@@ -280,6 +285,9 @@ def test_an_offset_spreads_the_restarts():
     steps = PES(200, 10, 50, offset=50).start(torch.zeros(1), begin, 3)["steps"]
     assert steps.min() >= 0 and steps.max() < 50 and len(set(steps.tolist())) > 40
     assert not PES(200, 10, 50).start(torch.zeros(1), begin, 3)["steps"].any()
+    for seed in range(20):  # few pairs, too: one in each quarter of the horizon
+        four = PES(4, 50, 2_000, offset=2_000).start(torch.zeros(1), begin, seed)
+        assert (four["steps"] // 500).tolist() == [0, 1, 2, 3]
 
 
 def test_clipping():
@@ -408,7 +416,7 @@ def test_nothing_in_a_step_stops_the_compiler(toy_data):
 
 
 def test_an_iteration_is_one_step_of_torch_adamw(toy_data):
-    config = small(iterations=3)
+    config = small(iterations=3, clip=0.02)
     job = EvolutionJob(config)
     state = job.start()
     leaf = state["meta"].clone().requires_grad_()
@@ -419,15 +427,43 @@ def test_an_iteration_is_one_step_of_torch_adamw(toy_data):
             found, _ = config.estimator.estimate(
                 job.step, job.begin, leaf.detach(), eps, state["pairs"], job.batches(k)
             )
-        leaf.grad = found.gradient.clamp(-1, 1)
+        leaf.grad = found.gradient.clamp(-0.02, 0.02)
+        cut_off = (found.gradient.abs() > 0.02).double().mean().item()
+        assert 0 < cut_off < 1
         adamw.step()
         state = job.advance(state)
+        norm = found.gradient.norm().item()
+        assert state["norm"][k].item() == pytest.approx(norm, rel=1e-3)
+        assert state["clipped"][k].item() == pytest.approx(cut_off, abs=0.01)
         assert torch.allclose(state["meta"], leaf.detach(), atol=1e-6)
         assert state["training"][k].item() == pytest.approx(found.loss.item())
     arrays = job.finish(state)
     assert torch.equal(arrays["snapshots"][-1], state["meta"])
+    assert len(arrays["gradient.norm"]) == len(arrays["gradient.clipped"]) == 3
     assert arrays["snapshot_rollouts"].tolist() == [0, 1, 2, 3]
     assert len(arrays["training"]) == 3 and len(arrays["validation"]) == 2
+
+
+def test_the_result_is_the_last_and_its_curve_cuts_losses_off(toy_data):
+    """Nothing is selected; the objective of a learning curve is the meta-training's."""
+    config = small(ceiling=0.9, validation_seeds=2)  # ln 2 is 0.69, so 0.62 nat
+    job = EvolutionJob(config)
+    state = job.start()
+    for _ in range(2):
+        state = job.advance(state)
+    state["best"] += 1.0
+    arrays = job.finish(state)
+    result = job.layout.flatten({k: arrays[f"meta.{k}"] for k in job.layout.shapes})
+    assert torch.equal(result, state["meta"])
+    seeds = (VALIDATION, VALIDATION + 1)
+    curve = LearningCurve(
+        config.optimizer, NET, "toy", {}, seeds, 8, config.rollout, ceiling=0.9
+    )
+    found, _ = drive(LearningCurveJob(curve, arrays))
+    objective = found["objective"].double().mean(0)
+    assert objective[-1].item() == pytest.approx(arrays["validation"][1].item())
+    raw, _ = drive(LearningCurveJob(replace(curve, ceiling=None), arrays))
+    assert (raw["objective"] > found["objective"]).all()
 
 
 @pytest.mark.parametrize("resets", ["free", "slot"])

@@ -581,9 +581,9 @@ class BetterTrained:
 
     That is the mean loss along the horizon, on starts of the optimizee that
     meta-training has not seen; of the recorded snapshot nearest to ``iterations``, or
-    of the selected meta-parameters (None). With a ``margin`` (nat): not higher by more
-    than that. One given meta-training against another; paired by start, one-sided
-    sign-flip test.
+    of the meta-parameters that are its result (None). With a ``margin`` (nat): not
+    higher by more than that. One given meta-training against another; paired by start,
+    one-sided sign-flip test.
     """
 
     experiment: str
@@ -609,7 +609,7 @@ class BetterTrained:
 
     def __str__(self) -> str:
         verb = "not worse than" if self.margin else "below"
-        when = "as selected" if self.iterations is None else (
+        when = "in the end" if self.iterations is None else (
             f"after {self.iterations:,} iterations")  # fmt: skip
         return f"meta-objective of {self.method} {verb} {self.reference}, {when}"
 

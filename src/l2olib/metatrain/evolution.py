@@ -16,7 +16,6 @@ truncated ES lacks and why it is biased. ES is PES whose truncation is the horiz
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,7 @@ from ..data import train_indices
 from ..optimizees import check_built_for
 from ..optimizers import AdamW, Optimizer, State, constant
 from ..train import OVERHEAD, RATE, compiled, inner_steps, ranks
-from .truncated import TRAINING, MetaJob, MetaWork
+from .truncated import TRAINING, MetaJob, MetaWork, cut
 
 Step = Callable[[Tensor, Tensor, State, Tensor], tuple[Tensor, Tensor, State]]
 """One inner step: (meta [d], params [n], state, batch) -> (loss, params, state)."""
@@ -68,7 +67,8 @@ class PES:
     Each estimate takes ``truncation`` inner steps of every pair, and a pair starts
     afresh after ``horizon`` steps. Both members of a pair share initial parameters and
     batches. With an ``offset``, usually the horizon, pair n is first counted as having
-    done a random number of steps below it, so that pairs do not all restart at once.
+    done a random number of steps below it, each pair in a stretch of its own (the
+    reference code draws freely, from more pairs), so that they restart at all times.
 
     ``resets="free"`` restarts a pair just before a step and credits what follows to the
     perturbation of the restart alone: unbiased, as the paper of PES has it. ``"slot"``
@@ -110,9 +110,12 @@ class PES:
 
     def start(self, meta: Tensor, begin: Begin, seed: int = 0) -> State:
         """State of all pairs before the first estimate; ``meta [d]``."""
-        steps = torch.zeros(self.pairs, dtype=torch.int64)
+        places = torch.arange(self.pairs)
         if self.offset:
-            steps.random_(self.offset, generator=generator("offset", seed))
+            places = places + torch.rand(
+                self.pairs, generator=generator("offset", seed), dtype=torch.float64
+            )
+        steps = (places * self.offset / self.pairs).long()
         first = [begin(pair, 0) for pair in range(self.pairs)]
         params, inner = tree_map(lambda *x: torch.stack(x), first[0], *first[1:])
         return {
@@ -210,10 +213,10 @@ def twice(x: Tensor) -> Tensor:
     return torch.stack([x, x], 1)
 
 
-def put(x: Tensor, pair: int, value: Tensor) -> Tensor:
-    """Set both members of one pair; a copy, the state before stays what it was."""
+def put(x: Tensor, at: int, value: Tensor) -> Tensor:
+    """Set one entry (both members of a pair); a copy, what ``x`` was is kept."""
     x = x.clone()
-    x[pair] = value.to(x)
+    x[at] = value.to(x)
     return x
 
 
@@ -245,10 +248,13 @@ class Evolution(MetaWork):
     Pairs are computed in vectorised groups of ``group`` (or all, if fewer). Under
     ``torchrun`` the ranks take whole groups in turn: the result is that of one process.
 
-    Validation, selection, patience and snapshots as in
-    :class:`~l2olib.metatrain.truncated.MetaTraining`, over ``horizon`` steps and of the
-    same cut-off losses; an iteration is there called a rollout.
+    Validation and snapshots as in :class:`~l2olib.metatrain.truncated.MetaTraining`,
+    over ``horizon`` steps and of the same cut-off losses; an iteration is there called
+    a rollout. Nothing is selected: the result is where the last iteration ends. Of each
+    gradient, norm and share of clipped entries are recorded.
     """
+
+    selects = False
 
     optimizer: Optimizer
     optimizee: Any
@@ -317,11 +323,7 @@ class EvolutionJob(MetaJob):
         self.step = compiled(over_pairs(step), self.compile)
 
     def meta_loss(self, losses: Tensor) -> Tensor:
-        """Cut losses off (normalise, in the words of the reference code)."""
-        if self.config.ceiling is None:
-            return losses
-        top = self.config.ceiling * math.log(self.task.data.classes)
-        return losses.clamp(0, top).nan_to_num(nan=top)
+        return cut(losses, self.config.ceiling, self.task.data.classes)
 
     def begin(self, pair: int, episode: int) -> tuple[Tensor, State]:
         """Fresh parameters and optimizer state; no two episodes share them."""
@@ -333,7 +335,12 @@ class EvolutionJob(MetaJob):
 
     def start(self) -> State:
         state, e = super().start(), self.config.estimator
-        return state | {"pairs": e.start(state["meta"], self.begin, self.config.seed)}
+        blank = torch.full((self.config.iterations,), torch.nan)
+        return state | {
+            "pairs": e.start(state["meta"], self.begin, self.config.seed),
+            "norm": blank,
+            "clipped": blank.clone(),
+        }
 
     def batches(self, iteration: int) -> Tensor:
         """Item numbers ``[N, K, B]``; every pair reads a stream of its own."""
@@ -383,8 +390,17 @@ class EvolutionJob(MetaJob):
         found, pairs = self.estimate(meta, eps, state["pairs"], self.batches(done))
         gradient = clipped(found.gradient, c.clip)
         move, adam = self.outer.update({}, gradient, state["adam"], meta)
-        training = state["training"].clone()
-        training[done] = found.loss.cpu()
-        state = state | {"meta": meta + move, "adam": adam, "pairs": pairs}
-        state |= {"training": training, "rollouts": state["rollouts"] + 1}
-        return self._look(state)
+        seen = {
+            "training": found.loss,
+            "norm": found.gradient.norm(),
+            "clipped": (gradient != found.gradient).float().mean(),
+        }
+        for name, value in seen.items():
+            state = state | {name: put(state[name], done, value)}
+        state |= {"meta": meta + move, "adam": adam, "pairs": pairs}
+        return self._look(state | {"rollouts": state["rollouts"] + 1})
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        done = int(state["rollouts"])
+        traces = {f"gradient.{k}": state[k][:done] for k in ("norm", "clipped")}
+        return super().finish(state) | traces

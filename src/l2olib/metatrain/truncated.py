@@ -9,6 +9,7 @@ on them, and parameters and hidden state are carried on without their history
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..data import load, train_indices
 from ..optimizees import Layout, Task, check_built_for
 from ..optimizers import Adam, Meta, Optimizer, State, constant
+from ..records import later
 from ..train import OVERHEAD, RATE, compiled
 
 Order = Literal["first", "full"]
@@ -79,6 +81,17 @@ def meta_gradient(
     return dict(zip(leaves, grads, strict=True)), losses.detach(), params.detach(), cut
 
 
+def cut(losses: Tensor, ceiling: float | None, classes: int) -> Tensor:
+    """Cut losses off at ``ceiling`` times ln(classes), also where they are not finite.
+
+    Normalised, in the words of STAR's reference code. None leaves them as they are.
+    """
+    if ceiling is None:
+        return losses
+    top = ceiling * math.log(classes)
+    return losses.clamp(0, top).nan_to_num(nan=top)
+
+
 class MetaWork:
     """What the configurations of all meta-trainings share.
 
@@ -90,6 +103,8 @@ class MetaWork:
     optimizer: Any
     seed: Any
     rollouts: Any
+    selects = True
+    """Whether the result is what validated best, or what came last."""
 
     @property
     def layout(self) -> Layout:
@@ -234,9 +249,10 @@ class MetaJob:
         return losses
 
     def finish(self, state: State) -> dict[str, Tensor]:
-        best, done = self.layout.views(state["best"].cpu()), int(state["rollouts"])
+        meta = state["best" if self.config.selects else "meta"].cpu()
+        result, done = self.layout.views(meta), int(state["rollouts"])
         kept = [k for k, mark in enumerate(self.marks) if mark <= done]
-        return {f"meta.{k}": v.clone() for k, v in best.items()} | {
+        return {f"meta.{k}": v.clone() for k, v in result.items()} | {
             "training": state["training"][:done].float(),
             "validation": state["validation"][
                 : done // self.config.validate_every + 1
@@ -281,8 +297,9 @@ class LearningCurve:
     """How well every snapshot of a meta-training trains some optimizee (LGL2O Fig. 2).
 
     Every ``stride``-th snapshot, counted from the last, takes ``steps`` steps on each
-    seed's optimizee, and so do the selected meta-parameters; the meta-objective is the
-    mean mini-batch loss along the way. ``weights`` names the meta-training.
+    seed's optimizee, and so do the resulting ("selected") meta-parameters; the
+    meta-objective is the mean mini-batch loss along the way, cut off by :func:`cut` at
+    the ``ceiling`` of the meta-training that ``weights`` names.
     """
 
     optimizer: Optimizer
@@ -294,6 +311,7 @@ class LearningCurve:
     steps: int = 100
     stride: int = 1
     digests: dict[str, str] = field(default_factory=dict)
+    ceiling: float | None = later(None)
 
     def job(self, device: str, compile: bool, metas: Any) -> LearningCurveJob:
         return LearningCurveJob(self, metas["optimizer"], device, compile)
@@ -355,7 +373,8 @@ class LearningCurveJob:
                 self.task, self.update, views, params, c.optimizer.init(params),
                 idx.to(self.device),
             )  # fmt: skip
-            state["objective"][j, k] = losses.double().mean().cpu()
+            counted = cut(losses, c.ceiling, self.task.data.classes)
+            state["objective"][j, k] = counted.double().mean().cpu()
             state["last"][j, k] = losses[-1].cpu()
         return state | {"done": state["done"] + 1}
 
