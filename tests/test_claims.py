@@ -846,6 +846,12 @@ def test_the_ledger_holds_the_claims_of_these_figures():
         assert all(str(test) and "<" not in str(test) for test in one.tests)
 
 
+def test_a_test_names_its_figure_where_a_row_reads_several():
+    elsewhere = replace(A_WINS, experiment="lgl2o.fig5")
+    assert claim(A_WINS).name(A_WINS) == str(A_WINS)
+    assert claim(A_WINS, elsewhere).name(elsewhere) == f"fig5, {elsewhere}"
+
+
 def test_unknown_claims_are_refused():
     with pytest.raises(ExperimentError, match="no claim 'B99': choose from B1, B2"):
         claims.report("B99")

@@ -178,7 +178,7 @@ def claims_(args: argparse.Namespace) -> int:
         for test, outcome in verdict.findings:
             text = outcome if isinstance(outcome, str) else outcome.measured
             mark = "?" if isinstance(outcome, str) else "✓" if outcome.passed else "✗"
-            print(f"       {mark} {test}: {text}")
+            print(f"       {mark} {verdict.claim.name(test)}: {text}")
     return 0
 
 

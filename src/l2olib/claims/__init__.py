@@ -79,7 +79,10 @@ def report(*patterns: str) -> list[Verdict]:
 
 
 def markdown(verdicts: Iterable[Verdict]) -> str:
-    """The ledger as a Markdown table: claim, verdict, and the tests with outcomes."""
+    """The ledger as a Markdown table: claim, verdict, and the tests with outcomes.
+
+    Where the tests of a row read several figures, each says which.
+    """
     lines = ["| claim | the paper says | verdict | tests and what they found |",
              "|---|---|---|---|"]  # fmt: skip
     for v in verdicts:
@@ -87,7 +90,7 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
         for test, outcome in v.findings:
             if isinstance(outcome, Outcome):
                 mark = "✓" if outcome.passed else "✗"
-                cells.append(f"{mark} {test}: {outcome.measured}")
+                cells.append(f"{mark} {v.claim.name(test)}: {outcome.measured}")
         for why, count in waiting.items():
             cells.append(f"· {count} test{'s' * (count > 1)} not testable: {why}")
         verdict = f"**{v.verdict}**"

@@ -28,6 +28,12 @@ class Claim:
             read.setdefault(test.experiment, []).append(records.spec(test))
         return {name: records.digest(tests)[:12] for name, tests in read.items()}
 
+    def name(self, test: Any) -> str:
+        """A test in words, with the figure it reads where the row reads several."""
+        if len({t.experiment for t in self.tests}) == 1:
+            return str(test)
+        return f"{test.experiment.partition('.')[2]}, {test}"
+
 
 @dataclass(frozen=True)
 class Verdict:

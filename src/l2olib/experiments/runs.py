@@ -370,7 +370,10 @@ def summary(curves: claims.Curves) -> str:
             diverged = f"{int(found.sum())} of {len(found)}"
         lines.append(f"| {name} | {' | '.join([*cells, accepted, diverged])} |")
     end = int(a["steps"][-1])
-    return "\n".join(lines) + f"\n\n*After {end:,} steps; losses in nat.*"
+    note = (
+        f"After {end:,} steps: medians over seeds, losses in nat; accepted: the mean."
+    )
+    return "\n".join(lines) + f"\n\n*{note}*"
 
 
 def hyperparameters(method: Any) -> int:
