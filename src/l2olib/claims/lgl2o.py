@@ -105,8 +105,8 @@ ROWS: tuple[Claim, ...] = (
         _GUARD,
         "LGL2O Fig. 3",
         "L2O is fastest early and starts diverging after about 1,000 steps; LGL2O is "
-        "as good as or better than both its parts at all times; use_l2o drifts towards "
-        "the fallback but not for good",
+        "as good as or better than both its parts at all times; its decisions drift "
+        "towards the fallback but not for good",
         (
             Lower("lgl2o.fig3", "L2O", "SGD", _EARLY),
             Lower("lgl2o.fig3", "L2O", "SGD+momentum", _EARLY),
@@ -119,7 +119,7 @@ ROWS: tuple[Claim, ...] = (
     Claim(
         "B2-reset",
         _GUARD,
-        "B2, open detail 1",
+        "ours, on B2: the memory, which the paper leaves open",
         "With a memory that is reset after a rejection LGL2O is as good as or better "
         "than both its parts at all times, and drifts towards the fallback",
         (
