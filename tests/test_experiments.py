@@ -506,7 +506,7 @@ def test_summary_reads_the_last_values(toy_table):
     record_all("toy.train", "toy.fig")
     curves = experiments.curves(results("toy.fig", "record"))
     _, _, *rows, _, note = experiments.summary(curves).splitlines()
-    assert note == "*After 20 steps; losses in nat.*"
+    assert note.startswith("*After 20 steps: medians over seeds")
     cells = {r.split(" | ")[0][2:]: r[:-2].split(" | ")[1:] for r in rows}
     assert list(cells) == list(curves)
     for name, a in curves.items():

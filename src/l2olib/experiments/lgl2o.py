@@ -264,7 +264,9 @@ FIGURES: dict[str, Figure] = {
         "tiny-imagenet-50",
         CONV5,
         {
-            "smoke": {**_SMALL, "data": "digits64", "seeds": 1, "replicas": 1},
+            "smoke": _SMALL
+            | {"data": "digits64", "seeds": 1, "replicas": 1}
+            | {"steps": 20, "segment": 10},
             "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },

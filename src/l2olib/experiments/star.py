@@ -230,7 +230,7 @@ APPENDIX_ZETAS = {"smoke": 1, "laptop": 2, "paper": 5}
 
 
 def _appendix_kind(profile: str, variant: str) -> str:
-    """Where meta-trainings of the appendix are as long, ``star.metatrain`` has some."""
+    """Where its runs are as long as those of ``star.metatrain``, some are the same."""
     same = star_training(profile).iterations == SHORT[profile] and profile != "smoke"
     return "mlp" if same and variant in STAR_FIG3 else "app"
 
@@ -238,11 +238,10 @@ def _appendix_kind(profile: str, variant: str) -> str:
 def _appendix(experiment: str) -> Callable[..., Iterable[tuple[str, Any]]]:
     def build(profile: str) -> Iterable[tuple[str, Any]]:
         for variant in APPENDIX[experiment]:
-            if _appendix_kind(profile, variant) == "mlp":
-                continue
+            kind = _appendix_kind(profile, variant)
             for seed in range(APPENDIX_ZETAS[profile]):
                 changes = {"iterations": SHORT[profile], "seed": seed}
-                name = star_weights("app", variant, seed, profile)
+                name = star_weights(kind, variant, seed, profile)
                 yield name, star_training(profile, variant, **changes)
 
     return build

@@ -77,7 +77,7 @@ _SMOKE_TEXT = "descriptions-256x16"
 
 FIG4 = {
     "MLP layer norm": GeneralizationTask.of(
-        _mlp(128, 128, 128, norm="layer"), "cifar10", steps=LONG, seeds=5
+        _mlp(128, 128, 128, norm="layer"), "cifar10", steps=LONG, seeds=10
     ),
     "ResNet": GeneralizationTask(
         _by_profile(
