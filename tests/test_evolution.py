@@ -14,13 +14,16 @@ import pytest
 import torch
 from problems import SRC, make_toy_data, random_numbers  # noqa: F401
 from test_star import GOLDEN, PRECISIONS
+from torch.utils.flop_counter import FlopCounterMode
 
 from l2olib import records
 from l2olib.data import train_indices
+from l2olib.experiments.star import ESTIMATORS, star_training
 from l2olib.learned.mlp import star
 from l2olib.learned.sgd import LearnableSGD
 from l2olib.metatrain.evolution import (
     PES,
+    BackPropagation,
     Evolution,
     EvolutionJob,
     clipped,
@@ -36,7 +39,7 @@ from l2olib.metatrain.truncated import (
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, constant
 from l2olib.records import Record
-from l2olib.train import drive, inner_steps
+from l2olib.train import Unfinished, drive, inner_steps
 
 HESSIAN = torch.tensor([[1.11, 0.596], [0.596, 0.486]], dtype=torch.float64)
 START = torch.tensor([2.0, -1.5], dtype=torch.float64)
@@ -298,6 +301,8 @@ def test_clipping():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="from 1 to the horizon, 10, not 20"):
         PES(4, 20, 10)
+    with pytest.raises(ValueError, match="from 1 to the horizon, 10, not 20"):
+        BackPropagation(4, 20, 10)
     with pytest.raises(ValueError, match="not 4 and 0"):
         PES(4, 5, 10, 0.0)
     with pytest.raises(ValueError, match="not 0 and 0.01"):
@@ -585,6 +590,94 @@ def test_ranks_stop_together_and_the_first_writes(tmp_path):
     assert torch.equal(record.arrays["training"], arrays["training"])
     assert record.digest.startswith(lines[3].split()[0])
     assert not list(tmp_path.rglob("*.checkpoint"))
+
+
+def test_back_propagation_is_the_slope_of_a_truncation(toy_data):
+    """Against central differences in double precision, through gradients and state;
+    one unroll restarts within the truncation, at whose start nothing is credited."""
+    smooth = MLP((2, 4, 2), "tanh")
+    config = small(
+        optimizer=replace(star(smooth.layout, 1e-3), precondition=False),
+        optimizee=smooth,
+        estimator=BackPropagation(2, 4, 10),
+        ceiling=None,
+    )
+    job, e = EvolutionJob(config), config.estimator
+
+    def begin(pair, episode):
+        params = job.begin(pair, episode)[0].double()
+        return params, config.optimizer.init(params)
+
+    meta = job.layout.flatten(config.optimizer.init_meta(0)).double()
+    eps = e.perturbations(meta, 0, 0)
+    state = e.start(meta, begin)
+    _, state = e.estimate(job.step, begin, meta, eps, state, job.batches(0))
+    assert not state["params"].requires_grad and not eps.any()
+    state["steps"] = torch.tensor([4, 8])
+    found, after = e.estimate(job.step, begin, meta, eps, state, job.batches(1))
+    assert after["episodes"].tolist() == [0, 1] and after["steps"].tolist() == [8, 2]
+
+    def loss(where):
+        with torch.no_grad():
+            metas = where.expand(2, 1, -1)
+            return e.unroll(job.step, begin, metas, state, job.batches(1))[0].mean()
+
+    gen = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        v = torch.randn(len(meta), generator=gen, dtype=torch.float64)
+        slope = (loss(meta + 1e-5 * v) - loss(meta - 1e-5 * v)) / 2e-5
+        assert (found.gradient @ v).item() == pytest.approx(slope.item(), rel=1e-5)
+    assert found.loss.item() == pytest.approx(loss(meta).item(), rel=1e-12)
+
+
+def test_back_propagation_meta_trains_and_resumes(toy_data, tmp_path):
+    config = Evolution(
+        LearnableSGD(0.01), NET, "toy", batch=8, iterations=60,
+        estimator=BackPropagation(4, 10, 40, offset=40), meta_lr=0.1, validate_every=20,
+    )  # fmt: skip
+    arrays, _ = drive(config.job("cpu", False, {}))
+    assert arrays["validation"].min() < arrays["validation"][0] - 0.05
+    path = tmp_path / "x.checkpoint"
+    with pytest.raises(Unfinished):
+        drive(config.job("cpu", False, {}), checkpoint=path, key="k", time_limit=0.3)
+    resumed, _ = drive(config.job("cpu", False, {}), checkpoint=path, key="k")
+    assert all(torch.equal(arrays[k], resumed[k]) for k in arrays)
+
+
+def test_the_estimators_compared_on_digits_cost_alike():
+    """Matrix products counted as they are made, the backward pass included."""
+    spent = {}
+    for name in ("PES", "back-propagation"):
+        e = replace(ESTIMATORS[name], truncation=20)
+        changes = {"data": "digits", "batch": 32, "estimator": e}
+        job = EvolutionJob(star_training("laptop", "Blackbox", **changes))
+        meta = job.layout.flatten(job.config.optimizer.init_meta(0))
+        state, eps = e.start(meta, job.begin), e.perturbations(meta, 0, 0)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            e.estimate(job.step, job.begin, meta, eps, state, job.batches(0))
+        spent[name] = counter.get_total_flops()
+    assert spent["back-propagation"] == pytest.approx(spent["PES"], rel=0.05)
+
+
+def test_without_weights_every_seed_draws_an_optimizer(toy_data):
+    """Seed by seed the curve is that of its own random meta-parameters."""
+    optimizer = star(NET.layout)
+    curve = LearningCurve(optimizer, NET, "toy", {}, (3, 5), 8, 6)
+    found, _ = drive(curve.job("cpu", False, {}))
+    assert set(found) == {"rollouts", "objective", "last"}
+    assert found["rollouts"].tolist() == [0] and found["objective"].shape == (2, 1)
+    task = EvolutionJob(small()).task
+    for j, seed in enumerate((3, 5)):
+        params = NET.init(seed)
+        state, losses = optimizer.init(params), []
+        for idx in train_indices(64, 8, seed, 0, 6):
+            meta = optimizer.init_meta(seed)
+            params, state, loss = inner_steps(
+                task, optimizer, meta, params, state, idx[None]
+            )
+            losses.append(loss.item())
+        assert found["objective"][j].item() == pytest.approx(sum(losses) / 6, rel=1e-5)
+        assert found["last"][j].item() == pytest.approx(losses[-1], rel=1e-5)
 
 
 def test_groups_of_pairs_agree(toy_data):

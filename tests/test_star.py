@@ -403,6 +403,28 @@ def test_the_learned_nominal_scale_multiplies_the_nominal_term():
     assert torch.allclose(two, math.e * one, rtol=1e-12)
 
 
+def test_without_normalization_the_network_reads_raw_features():
+    """Against torch.nn on the stored features of one matrix, time appended."""
+    layout = Layout({"w": (4, 3)})
+    optimizer = replace(blackbox(layout), normalize=False)
+    meta, params, before = middle(optimizer)
+    grad = 1e3 * random_numbers(60, 12)  # far from the scale of normalised features
+    delta, after = optimizer.update(meta, grad, before, params)
+    m, r = after["m"].view(3, 4, 3), after["r"].view(4, 3)
+    row, col = after["row"].view(3, 3), after["col"].view(3, 4)
+    found = features(grad.view(4, 3), params.view(4, 3), m, r, row, col)
+    x = matrix(list(found.values()), (4, 3))
+    time = torch.tanh(before["step"] / torch.tensor(mlp.HORIZONS).double() - 1)
+    x = torch.cat([x, time.expand(12, -1)], 1)
+    for layer in range(3):
+        x = torch.nn.functional.linear(x, meta[f"w{layer}"].T, meta[f"b{layer}"])
+        x = x.relu() if layer < 2 else x
+    expected = -1e-3 * x[:, 0] * (1e-3 * x[:, 1]).exp()
+    assert torch.allclose(delta, expected, rtol=1e-9)
+    divided, _ = blackbox(layout).update(meta, grad, before, params)
+    assert not torch.allclose(delta, divided, rtol=0.1)
+
+
 def test_the_layout_is_no_part_of_the_identity():
     one, two = star(SMALL), star(MLP((5, 2)).layout)
     assert one == two and records.spec(one) == records.spec(two)

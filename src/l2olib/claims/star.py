@@ -199,6 +199,19 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "S18",
+        _DESIGN,
+        "STAR, section 4.2",
+        "Normalising the output of a blackbox term is more robust than normalising its "
+        "input, for arbitrary initialisation (here: random, at six scales)",
+        tuple(
+            BetterTrained(
+                "star.normalisation", f"output, {scale:g}", f"input, {scale:g}", 0
+            )
+            for scale in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+        ),
+    ),
+    Claim(
         "S22",
         _DESIGN,
         "ours, on STAR's section 4",
@@ -389,5 +402,17 @@ ROWS: tuple[Claim, ...] = (
         "Where an unroll can be differentiated as a whole, that ends closer still than "
         "PES",
         (Less("ours.rate", "back-propagation", "PES", "final"),),
+    ),
+    Claim(
+        "P6",
+        _EVOLUTION,
+        "ours",
+        "At equal operations meta-training by PES ends lower than by truncated ES or "
+        "truncated back-propagation, through networks, too",
+        tuple(
+            BetterTrained("ours.estimated", f"{variant}, PES", f"{variant}, {other}")
+            for variant in ("STAR 0", "Blackbox")
+            for other in ("truncated ES", "back-propagation")
+        ),
     ),
 )

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ..optimizees import Layout, truncated_normal
 from ..optimizers import Meta, State
+from ..records import later
 
 DECAYS = {
     "momentum": (0.9, 0.99, 0.999),
@@ -93,7 +94,9 @@ def inverse_rms(x: Tensor) -> Tensor:
     return (1e-5 + x.square().flatten(1).mean(1)).rsqrt()
 
 
-def network(meta: Meta, blocks: Sequence[Tensor], step: Tensor) -> list[Tensor]:
+def network(
+    meta: Meta, blocks: Sequence[Tensor], step: Tensor, normalize: bool = True
+) -> list[Tensor]:
     """Heads ``[*shape]`` of the MLP for the elements of one tensor.
 
     ``blocks`` are the features in the order of the rows of ``w0``, each ``[channels,
@@ -107,8 +110,8 @@ def network(meta: Meta, blocks: Sequence[Tensor], step: Tensor) -> list[Tensor]:
     row = 0
     for block in blocks:
         rows, channels = first.setdefault(tuple(block.shape[1:]), ([], []))
-        scale = inverse_rms(block)
-        rows.append(scale[:, None] * meta["w0"][row : row + len(block)])
+        weights = meta["w0"][row : row + len(block)]
+        rows.append(inverse_rms(block)[:, None] * weights if normalize else weights)
         channels.extend(block)
         row += len(block)
     bias = meta["b0"] + time @ meta["w0"][row:]
@@ -217,7 +220,8 @@ class MLPOptimizer:
     ``heads`` is 2 (d, q), 3 (and n) or 4 (and z). Without ``nominal_controller`` n is
     the constant 1 (as in the reference), without ``decay_controller`` z is 0.
     ``precondition`` divides B by the root mean square gradient, ``self_normalize``
-    multiplies it by the tensor's mean gradient. ``aggregate_magnitude`` and
+    multiplies it by the tensor's mean gradient. Without ``normalize`` the features are
+    not divided by their root mean squares. ``aggregate_magnitude`` and
     ``aggregate_nominal`` replace q and n by their means over the tensor.
     ``learn_nominal`` adds a meta-parameter b that multiplies G by exp(10 b): the
     learned overall scale that the paper counts and its code does not have (the form of
@@ -243,6 +247,7 @@ class MLPOptimizer:
     aggregate_nominal: bool = False
     weight_decay: float = 0.0
     decay_controller: bool = False
+    normalize: bool = later(True)
     tensors: Layout = field(init=False, compare=False, repr=False)
     rows: Layout = field(init=False, compare=False, repr=False)
     columns: Layout = field(init=False, compare=False, repr=False)
@@ -322,7 +327,8 @@ class MLPOptimizer:
                 row = averaged(row, squares.mean(axes[1]), rates["adafactor"])
                 col = averaged(col, squares.mean(axes[0]), rates["adafactor"])
             found = features(g, p, mg, rg, row, col)
-            heads = network(meta, list(found.values()), state["step"])
+            blocks = list(found.values())
+            heads = network(meta, blocks, state["step"], self.normalize)
             deltas.append(self.step(meta, heads, g, p, mg, rg))
             rows.append(row)
             cols.append(col)

@@ -23,7 +23,7 @@ from ..learned.sgd import LearnableSGD
 from ..optimizers import Adam, State, constant
 from ..stability import NoisyQuadratic
 from ..train import log_spaced
-from .evolution import PES, clipped, generator, over_pairs
+from .evolution import PES, BackPropagation, clipped, generator, over_pairs
 from .quadratic import HESSIAN, Matrix, problem_of
 
 NODES = 20
@@ -284,20 +284,23 @@ class RateTrainingJob:
         self.problem = problem_of(c.hessian)
         self.outer = Adam(constant(c.meta_lr))
         self.marks = [0, *log_spaced(1, c.iterations, c.points)]
-        self.evolves = c.by == "evolution"
-        self.runs = e.pairs if self.evolves else 2 * e.pairs  # of a seed
-        self.all = replace(e, pairs=e.pairs * len(c.seeds))
+        if c.by == "back-propagation":
+            e = BackPropagation(2 * e.pairs, e.truncation, e.horizon)
+            self.all = replace(e, unrolls=e.unrolls * len(c.seeds))
+        else:
+            self.all = replace(e, pairs=e.pairs * len(c.seeds))
+        self.one = e  # the estimator of one seed
 
         def step(*args: Any) -> Any:
             return rate_step(self.problem, *args)
 
-        self.step = over_pairs(step) if self.evolves else torch.func.vmap(step)
+        self.step = over_pairs(step)
 
     def begin(self, run: int, episode: int) -> tuple[Tensor, State]:
         """Runs, or pairs, are counted seed by seed; a seed's are always the same."""
-        seed = self.config.seeds[run // self.runs]
+        seed = self.config.seeds[run // self.one.pairs]
         begin = starts(self.problem, self.config.spread, seed)
-        return begin(run % self.runs, episode)
+        return begin(run % self.one.pairs, episode)
 
     def start(self) -> State:
         c = self.config
@@ -308,15 +311,8 @@ class RateTrainingJob:
             "adam": self.outer.init(meta),
             "path": torch.full((len(c.seeds), len(self.marks)), torch.nan).double(),
         }
-        if self.evolves:
-            state["pairs"] = self.all.start(meta[0], self.begin)
-        else:
-            state["params"] = self._fresh(0)
+        state["pairs"] = self.all.start(meta[0], self.begin)
         return self._note(state)
-
-    def _fresh(self, episode: int) -> Tensor:
-        count = self.runs * len(self.config.seeds)
-        return torch.stack([self.begin(run, episode)[0] for run in range(count)])
 
     def position(self, state: State) -> tuple[int, int]:
         return int(state["done"]), self.config.iterations
@@ -327,50 +323,26 @@ class RateTrainingJob:
             state = self._iterate(state, iteration)
         return self._note(state)
 
+    @torch.no_grad()
     def _iterate(self, state: State, iteration: int) -> State:
-        c = self.config
+        c, e, meta = self.config, self.one, state["meta"]
         minima = torch.cat(
             [
-                minima_of(self.problem, self.runs, self.all.truncation, seed, iteration)
+                minima_of(self.problem, e.pairs, e.truncation, seed, iteration)
                 for seed in c.seeds
             ]
         )
-        estimate = self._evolve if self.evolves else self._differentiate
-        gradient, rest = estimate(state, iteration, minima)
-        move, adam = self.outer.update(
-            {}, clipped(gradient, c.clip), state["adam"], state["meta"]
-        )
-        changed = {"meta": state["meta"] + move, "adam": adam, **rest}
-        return state | changed | {"done": state["done"] + 1}
-
-    @torch.no_grad()
-    def _evolve(
-        self, state: State, iteration: int, minima: Tensor
-    ) -> tuple[Tensor, State]:
-        meta, e = state["meta"], self.config.estimator
-        eps = [e.perturbations(meta[0], seed, iteration) for seed in self.config.seeds]
+        eps = [e.perturbations(meta[0], seed, iteration) for seed in c.seeds]
         found, pairs = self.all.estimate(
             self.step, self.begin, meta.repeat_interleave(e.pairs, 0), torch.cat(eps),
             state["pairs"], minima,
         )  # fmt: skip
-        return found.per_pair.unflatten(0, (-1, e.pairs)).mean(1), {"pairs": pairs}
-
-    def _differentiate(
-        self, state: State, iteration: int, minima: Tensor
-    ) -> tuple[Tensor, State]:
-        """Back-propagate through one truncation, whose first state is given."""
-        done, horizon = iteration * self.all.truncation, self.all.horizon
-        params = state["params"]
-        if done % horizon == 0 and done > 0:
-            params = self._fresh(done // horizon)
-        with torch.enable_grad():
-            meta = state["meta"].detach().requires_grad_()
-            members, losses = meta.repeat_interleave(self.runs, 0), []
-            for minimum in minima.unbind(1):
-                loss, params, _ = self.step(members, params, {}, minimum)
-                losses.append(loss.unflatten(0, (-1, self.runs)).mean(1))
-            (gradient,) = torch.autograd.grad(torch.stack(losses).mean(0).sum(), meta)
-        return gradient, {"params": params.detach()}
+        gradient = found.per_pair.unflatten(0, (-1, e.pairs)).mean(1)
+        move, adam = self.outer.update(
+            {}, clipped(gradient, c.clip), state["adam"], meta
+        )
+        changed = {"meta": meta + move, "adam": adam, "pairs": pairs}
+        return state | changed | {"done": state["done"] + 1}
 
     def _note(self, state: State) -> State:
         path = state["path"].clone()

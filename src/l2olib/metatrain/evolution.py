@@ -40,8 +40,9 @@ Begin = Callable[[int, int], tuple[Tensor, State]]
 class Estimate(NamedTuple):
     """What one truncation of N pairs found; ``per_pair [N, d]`` estimates each.
 
-    ``losses [N, K, 2]`` of the members theta + eps, theta - eps; where ``trained [N,
-    K]`` is False a pair was re-initialised instead, and its losses are zero.
+    ``losses [N, K, M]`` of the members of each pair (theta + eps, theta - eps); where
+    ``trained [N, K]`` is False a pair was re-initialised instead, and its losses are
+    zero.
     """
 
     per_pair: Tensor
@@ -57,37 +58,24 @@ class Estimate(NamedTuple):
     def loss(self) -> Tensor:
         """The meta-loss: the mean over members of their mean losses."""
         count = self.trained.sum(1).clamp(min=1).to(self.losses)
-        return (self.losses.sum((1, 2)) / (2 * count)).mean()
+        return (self.losses.sum((1, 2)) / (self.losses.shape[2] * count)).mean()
 
 
-@dataclass(frozen=True)
-class PES:
-    """An estimator of the meta-gradient from ``pairs`` antithetic pairs.
+class Online:
+    """What the estimators share: unrolls that go on from truncation to truncation.
 
-    Each estimate takes ``truncation`` inner steps of every pair, and a pair starts
-    afresh after ``horizon`` steps. Both members of a pair share initial parameters and
-    batches. With an ``offset``, usually the horizon, pair n is first counted as having
-    done a random number of steps below it, each pair in a stretch of its own (the
-    reference code draws freely, from more pairs), so that they restart at all times.
-
-    ``resets="free"`` restarts a pair just before a step and credits what follows to the
-    perturbation of the restart alone: unbiased, as the paper of PES has it. ``"slot"``
-    does what the reference code of STAR does: restarting takes the place of a step, and
-    the last step of an unroll is credited like those after it, which biases the
-    estimate (by that step's part in the unroll, little at long horizons).
-    ``accumulate=False`` forgets earlier perturbations: truncated ES, for comparison.
-
-    The state of N pairs: ``params [N, 2, n]``, ``optimizer`` (leaves [N, 2, ...]),
-    ``noise [N, d]`` (sum of perturbations), ``steps`` and ``episodes`` ``[N]``.
+    They are frozen dataclasses with the fields of :class:`PES` that are read here;
+    ``members`` unrolls make a pair and share initial parameters and batches. The state
+    of N pairs of M members: ``params [N, M, n]``, ``optimizer`` (leaves [N, M, ...]),
+    ``steps`` and ``episodes`` ``[N]``.
     """
 
-    pairs: int = 4
-    truncation: int = 50
-    horizon: int = 2_000
-    sigma: float = 0.01
-    resets: Literal["free", "slot"] = "free"
-    offset: int = 0
-    accumulate: bool = True
+    members: int
+    pairs: Any
+    truncation: Any
+    horizon: Any
+    offset: Any
+    resets: Any
 
     def __post_init__(self) -> None:
         if not 1 <= self.truncation <= self.horizon:
@@ -95,13 +83,6 @@ class PES:
                 f"truncation must be from 1 to the horizon, {self.horizon}, "
                 f"not {self.truncation}"
             )
-        if self.pairs < 1 or not self.sigma > 0:
-            raise ValueError(
-                f"an estimate needs pairs and a positive sigma, not {self.pairs} and "
-                f"{self.sigma}"
-            )
-        if self.resets not in ("free", "slot"):
-            raise ValueError(f"resets must be 'free' or 'slot', not {self.resets!r}")
         if not 0 <= self.offset <= self.horizon:
             raise ValueError(
                 f"offset must be from 0 to the horizon, {self.horizon}, "
@@ -117,14 +98,108 @@ class PES:
             )
         steps = (places * self.offset / self.pairs).long()
         first = [begin(pair, 0) for pair in range(self.pairs)]
-        params, inner = tree_map(lambda *x: torch.stack(x), first[0], *first[1:])
+        fresh = tree_map(lambda *x: torch.stack(x), first[0], *first[1:])
+        params, inner = tree_map(lambda x: alike(x, self.members), fresh)
         return {
-            "params": twice(params),
-            "optimizer": tree_map(twice, inner),
-            "noise": meta.new_zeros(self.pairs, len(meta)),
+            "params": params,
+            "optimizer": inner,
             "steps": steps,
             "episodes": torch.zeros(self.pairs, dtype=torch.int64),
         }
+
+    def unroll(
+        self, step: Step, begin: Begin, metas: Tensor, state: State, batches: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """Train all pairs in ``state`` for one truncation, restarting those due.
+
+        ``metas [N, M, d]``; ``batches [N, K, ...]`` has one entry for each of K steps.
+        Returns losses ``[N, K, M]``, whether a step was trained (else its loss is zero)
+        and whether it belongs to the unroll with which the truncation began, both ``[N,
+        K]``, and the new state.
+        """
+        steps, episodes = state["steps"].tolist(), state["episodes"].tolist()
+        params, inner = state["params"], state["optimizer"]
+        done = torch.zeros(len(metas), dtype=torch.bool)
+        losses, trained, credited = [], [], []
+
+        def restart(due: list[int]) -> tuple[Tensor, State]:
+            values = (params, inner)
+            for pair in due:
+                episodes[pair] += 1
+                steps[pair] = 0
+                fresh = begin(pair, episodes[pair])
+                values = tree_map(lambda x, y, n=pair: put(x, n, y), values, fresh)
+            return values
+
+        for batch in batches.unbind(1):
+            due = [n for n, k in enumerate(steps) if k >= self.horizon]
+            if self.resets == "free":
+                params, inner = restart(due)
+                done[due] = True
+                due = []
+            loss, params, inner = step(metas, params, inner, batch)
+            steps = [k + 1 for k in steps]
+            params, inner = restart(due)
+            active = torch.ones(len(metas), dtype=torch.bool)
+            active[due] = False
+            if self.resets == "slot":
+                done = done | (active & (torch.tensor(steps) >= self.horizon))
+            losses.append(torch.where(active[:, None].to(loss.device), loss, 0.0))
+            trained.append(active)
+            credited.append(~done)
+
+        new = {
+            "params": params,
+            "optimizer": inner,
+            "steps": torch.tensor(steps),
+            "episodes": torch.tensor(episodes),
+        }
+        mask, old = torch.stack(trained, 1), torch.stack(credited, 1)
+        return torch.stack(losses, 1), mask, old, new
+
+
+@dataclass(frozen=True)
+class PES(Online):
+    """An estimator of the meta-gradient from ``pairs`` antithetic pairs.
+
+    Each estimate takes ``truncation`` inner steps of every pair, and a pair starts
+    afresh after ``horizon`` steps. Both members of a pair share initial parameters and
+    batches. With an ``offset``, usually the horizon, pair n is first counted as having
+    done a random number of steps below it, each pair in a stretch of its own (the
+    reference code draws freely, from more pairs), so that they restart at all times.
+
+    ``resets="free"`` restarts a pair just before a step and credits what follows to the
+    perturbation of the restart alone: unbiased, as the paper of PES has it. ``"slot"``
+    does what the reference code of STAR does: restarting takes the place of a step, and
+    the last step of an unroll is credited like those after it, which biases the
+    estimate (by that step's part in the unroll, little at long horizons).
+    ``accumulate=False`` forgets earlier perturbations: truncated ES, for comparison.
+
+    The state has also ``noise [N, d]``, the sum of perturbations.
+    """
+
+    members = 2
+    pairs: int = 4
+    truncation: int = 50
+    horizon: int = 2_000
+    sigma: float = 0.01
+    resets: Literal["free", "slot"] = "free"
+    offset: int = 0
+    accumulate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs < 1 or not self.sigma > 0:
+            raise ValueError(
+                f"an estimate needs pairs and a positive sigma, not {self.pairs} and "
+                f"{self.sigma}"
+            )
+        if self.resets not in ("free", "slot"):
+            raise ValueError(f"resets must be 'free' or 'slot', not {self.resets!r}")
+
+    def start(self, meta: Tensor, begin: Begin, seed: int = 0) -> State:
+        noise = meta.new_zeros(self.pairs, len(meta))
+        return super().start(meta, begin, seed) | {"noise": noise}
 
     def perturbations(self, meta: Tensor, seed: int, iteration: int) -> Tensor:
         """Draw eps ``[pairs, d]`` of an iteration: the same on every device."""
@@ -146,55 +221,63 @@ class PES:
         ``step`` is vectorised (:func:`over_pairs`), ``meta [d]``, ``eps [N, d]``,
         ``batches [N, K, ...]`` one entry for each of K steps.
         """
-        steps, episodes = state["steps"].tolist(), state["episodes"].tolist()
-        members = torch.stack([meta + eps, meta - eps], 1)
-        params, inner = state["params"], state["optimizer"]
-        done = torch.zeros(len(eps), dtype=torch.bool)
-        losses, trained, credited = [], [], []
-
-        def restart(due: list[int]) -> tuple[Tensor, State]:
-            values = (params, inner)
-            for pair in due:
-                episodes[pair] += 1
-                steps[pair] = 0
-                fresh = begin(pair, episodes[pair])
-                values = tree_map(lambda x, y, n=pair: put(x, n, y), values, fresh)
-            return values
-
-        for batch in batches.unbind(1):
-            due = [n for n, k in enumerate(steps) if k >= self.horizon]
-            if self.resets == "free":
-                params, inner = restart(due)
-                done[due] = True
-                due = []
-            loss, params, inner = step(members, params, inner, batch)
-            steps = [k + 1 for k in steps]
-            params, inner = restart(due)
-            active = torch.ones(len(eps), dtype=torch.bool)
-            active[due] = False
-            if self.resets == "slot":
-                done = done | (active & (torch.tensor(steps) >= self.horizon))
-            losses.append(torch.where(active[:, None].to(loss.device), loss, 0.0))
-            trained.append(active)
-            credited.append(~done)
-
-        values, mask = torch.stack(losses, 1), torch.stack(trained, 1)
-        old = torch.stack(credited, 1).to(values)
-        count = mask.sum(1).clamp(min=1).to(values)
-        difference = values[..., 0] - values[..., 1]
+        metas = torch.stack([meta + eps, meta - eps], 1)
+        losses, trained, credited, new = self.unroll(step, begin, metas, state, batches)
+        old, count = credited.to(losses), trained.sum(1).clamp(min=1).to(losses)
+        difference = losses[..., 0] - losses[..., 1]
         noise = state["noise"] + eps if self.accumulate else eps
         a, b = (
             (difference * old).sum(1) / count,
             (difference * (1 - old)).sum(1) / count,
         )
         per_pair = (a[:, None] * noise + b[:, None] * eps) / (2 * self.sigma**2)
-        return Estimate(per_pair, values, mask.to(values.device)), {
-            "params": params,
-            "optimizer": inner,
-            "noise": torch.where(done[:, None].to(eps.device), eps, noise),
-            "steps": torch.tensor(steps),
-            "episodes": torch.tensor(episodes),
-        }
+        going = credited[:, -1:].to(eps.device)
+        new["noise"] = torch.where(going, noise, eps)
+        return Estimate(per_pair, losses, trained.to(losses.device)), new
+
+
+@dataclass(frozen=True)
+class BackPropagation(Online):
+    """Truncated back-propagation, in the place of an estimator by perturbations.
+
+    Each of ``unrolls`` is differentiated through one truncation, second derivatives of
+    the optimizee included; parameters and state at its start are taken for given. That
+    costs three times the steps themselves. A truncation as long as the horizon is
+    back-propagation through the whole unroll. Restarts (``"free"``) as with
+    :class:`PES`, whose interface this is; its perturbations are zero.
+    """
+
+    members = 1
+    resets = "free"
+    unrolls: int = 4
+    truncation: int = 50
+    horizon: int = 2_000
+    offset: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """An unroll is a pair with one member."""
+        return self.unrolls
+
+    def perturbations(self, meta: Tensor, seed: int, iteration: int) -> Tensor:
+        return meta.new_zeros(self.unrolls, len(meta))
+
+    def estimate(
+        self,
+        step: Step,
+        begin: Begin,
+        meta: Tensor,
+        eps: Tensor,
+        state: State,
+        batches: Tensor,
+    ) -> tuple[Estimate, State]:
+        """As :meth:`PES.estimate`."""
+        with torch.enable_grad():
+            metas = (meta + eps)[:, None].detach().requires_grad_()
+            losses, trained, _, new = self.unroll(step, begin, metas, state, batches)
+            (per_unroll,) = torch.autograd.grad(losses.mean(1).sum(), metas)
+        new = tree_map(Tensor.detach, new)
+        return Estimate(per_unroll[:, 0], losses.detach(), trained), new
 
 
 def es(pairs: int = 4, horizon: int = 50, sigma: float = 0.01) -> PES:
@@ -203,14 +286,14 @@ def es(pairs: int = 4, horizon: int = 50, sigma: float = 0.01) -> PES:
 
 
 def over_pairs(step: Step) -> Step:
-    """Vectorise an inner step over N pairs of two members that share their batch."""
+    """Vectorise an inner step over N pairs, whose members share their batch."""
     members = torch.func.vmap(step, in_dims=(0, 0, 0, None))
     return torch.func.vmap(members)
 
 
-def twice(x: Tensor) -> Tensor:
-    """Give both members of each pair the same value: [N, ...] -> [N, 2, ...]."""
-    return torch.stack([x, x], 1)
+def alike(x: Tensor, members: int) -> Tensor:
+    """Give all members of each pair the same value: [N, ...] -> [N, members, ...]."""
+    return torch.stack([x] * members, 1)
 
 
 def put(x: Tensor, at: int, value: Tensor) -> Tensor:
@@ -261,7 +344,7 @@ class Evolution(MetaWork):
     data: str
     batch: int = 128
     iterations: int = 2_000
-    estimator: PES = PES()
+    estimator: PES | BackPropagation = PES()
     meta_lr: float = 1e-4
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -299,7 +382,7 @@ class Evolution(MetaWork):
         """Estimated time on one CPU core."""
         n, e = self.optimizee.layout.n, self.estimator
         flops = self.optimizer.flops(n) + self.optimizee.flops(self.batch, True)
-        steps = self.iterations * e.pairs * 2 * e.truncation
+        steps = self.iterations * e.pairs * e.members * e.truncation
         steps += self.iterations // self.validate_every * self.rollout
         return steps * (flops / RATE + OVERHEAD)
 

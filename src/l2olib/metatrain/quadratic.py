@@ -21,7 +21,7 @@ from torch import Tensor
 from ..optimizers import AdamW, State, constant
 from ..stability import NoisyQuadratic, spectral_radius
 from ..train import log_spaced
-from .evolution import clipped, es, generator, twice
+from .evolution import alike, clipped, es, generator
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -398,7 +398,7 @@ class QuadraticMetaTrainingJob:
         eps, phi, minima = self.draws(iteration)
         nothing = torch.zeros(len(eps), dtype=torch.int64)
         fresh = {
-            "params": twice(phi), "optimizer": {}, "noise": torch.zeros_like(eps),
+            "params": alike(phi, 2), "optimizer": {}, "noise": torch.zeros_like(eps),
             "steps": nothing, "episodes": nothing,
         }  # fmt: skip
         meta = state["meta"].repeat_interleave(c.pairs, 0)

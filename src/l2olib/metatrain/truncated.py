@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..data import load, train_indices
 from ..optimizees import Layout, Task, check_built_for
 from ..optimizers import Adam, Meta, Optimizer, State, constant
 from ..records import later
-from ..train import OVERHEAD, RATE, compiled
+from ..train import OVERHEAD, RATE, compiled, inner_steps
 
 Order = Literal["first", "full"]
 
@@ -299,7 +300,8 @@ class LearningCurve:
     Every ``stride``-th snapshot, counted from the last, takes ``steps`` steps on each
     seed's optimizee, and so do the resulting ("selected") meta-parameters; the
     meta-objective is the mean mini-batch loss along the way, cut off by :func:`cut` at
-    the ``ceiling`` of the meta-training that ``weights`` names.
+    the ``ceiling`` of the meta-training that ``weights`` names. With no weights it is
+    that of the optimizer before any meta-training: every seed draws its own.
     """
 
     optimizer: Optimizer
@@ -314,42 +316,54 @@ class LearningCurve:
     ceiling: float | None = later(None)
 
     def job(self, device: str, compile: bool, metas: Any) -> LearningCurveJob:
-        return LearningCurveJob(self, metas["optimizer"], device, compile)
+        return LearningCurveJob(self, metas.get("optimizer"), device, compile)
 
     def seconds(self) -> float:
         flops = self.optimizer.flops(self.optimizee.layout.n)
         flops += self.optimizee.flops(self.batch, True)
-        passes = 24 / self.stride * len(self.seeds) * self.steps
-        return passes * (flops / RATE + OVERHEAD)
+        curve = 24 / self.stride if self.weights else 1
+        return curve * len(self.seeds) * self.steps * (flops / RATE + OVERHEAD)
 
 
 @dataclass
 class LearningCurveJob:
     """The resumable computation of a :class:`LearningCurve`; one snapshot a piece.
 
-    ``trained`` are the arrays of the meta-training's record.
+    ``trained`` are the arrays of the meta-training's record, or None. All seeds are
+    computed at once.
     """
 
     config: LearningCurve
-    trained: dict[str, Tensor]
+    trained: dict[str, Tensor] | None = None
     device: str = "cpu"
     compile: bool = False
 
     def __post_init__(self) -> None:
         c = self.config
         self.task = Task(c.optimizee, load(c.data, device=self.device))
-        meta = c.optimizer.init_meta(0)
-        self.layout = Layout({k: tuple(v.shape) for k, v in meta.items()})
-        self.update = compiled(c.optimizer.update, self.compile)
-        last = len(self.trained["snapshots"]) - 1
-        self.chosen = list(range(last % c.stride, last + 1, c.stride))
-        selected = {k: self.trained[f"meta.{k}"] for k in self.layout.shapes}
-        self.metas = torch.cat(
-            [
-                self.trained["snapshots"][self.chosen],
-                self.layout.flatten(selected)[None],
-            ]
-        )
+        drawn = [c.optimizer.init_meta(seed) for seed in c.seeds]
+        self.layout = Layout({k: tuple(v.shape) for k, v in drawn[0].items()})
+        if self.trained is None:
+            self.rollouts = torch.tensor([0])
+            metas = torch.stack([self.layout.flatten(meta) for meta in drawn])[None]
+        else:
+            last = len(self.trained["snapshots"]) - 1
+            chosen = list(range(last % c.stride, last + 1, c.stride))
+            self.rollouts = self.trained["snapshot_rollouts"][chosen]
+            result = {k: self.trained[f"meta.{k}"] for k in self.layout.shapes}
+            metas = torch.cat(
+                [self.trained["snapshots"][chosen], self.layout.flatten(result)[None]]
+            )[:, None].expand(-1, len(c.seeds), -1)
+        self.metas = metas  # [looks, seeds, d]
+
+        def step(meta: Tensor, params: Tensor, state: State, idx: Tensor) -> Any:
+            params, state, losses = inner_steps(
+                self.task, c.optimizer, self.layout.views(meta), params, state,
+                idx[None],
+            )  # fmt: skip
+            return losses[0], params, state
+
+        self.step = compiled(torch.func.vmap(step), self.compile)
 
     def start(self) -> State:
         shape = len(self.config.seeds), len(self.metas)
@@ -365,24 +379,23 @@ class LearningCurveJob:
     @torch.no_grad()
     def advance(self, state: State) -> State:
         c, k = self.config, int(state["done"])
-        views = self.layout.views(self.metas[k].to(self.device))
-        for j, seed in enumerate(c.seeds):
-            idx = train_indices(self.task.items, c.batch, seed, 0, c.steps)
-            params = c.optimizee.init(seed).to(self.device)
-            losses, _, _ = unroll(
-                self.task, self.update, views, params, c.optimizer.init(params),
-                idx.to(self.device),
-            )  # fmt: skip
-            counted = cut(losses, c.ceiling, self.task.data.classes)
-            state["objective"][j, k] = counted.double().mean().cpu()
-            state["last"][j, k] = losses[-1].cpu()
+        params = torch.stack([c.optimizee.init(s).to(self.device) for s in c.seeds])
+        hidden = tree_map(lambda *x: torch.stack(x), *map(c.optimizer.init, params))
+        batches = [
+            train_indices(self.task.items, c.batch, s, 0, c.steps) for s in c.seeds
+        ]
+        meta, total = self.metas[k].to(self.device), 0.0
+        for idx in torch.stack(batches, 1).to(self.device):
+            loss, params, hidden = self.step(meta, params, hidden, idx)
+            total = total + cut(loss, c.ceiling, self.task.data.classes).double()
+        state["objective"][:, k] = (total / c.steps).cpu()
+        state["last"][:, k] = loss.cpu()
         return state | {"done": state["done"] + 1}
 
     def finish(self, state: State) -> dict[str, Tensor]:
-        return {
-            "rollouts": self.trained["snapshot_rollouts"][self.chosen],
-            "objective": state["objective"][:, :-1],
-            "last": state["last"][:, :-1],
-            "selected.objective": state["objective"][:, -1],
-            "selected.last": state["last"][:, -1],
-        }
+        found = {"rollouts": self.rollouts}
+        for name in ("objective", "last"):
+            found[name] = state[name][:, : len(self.rollouts)]
+            if self.trained is not None:
+                found[f"selected.{name}"] = state[name][:, -1]
+        return found
