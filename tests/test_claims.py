@@ -17,6 +17,7 @@ from l2olib.claims import (
     divergence,
     judge,
     kinds,
+    settle,
     window_mean,
 )
 from l2olib.claims.kinds import (
@@ -56,7 +57,7 @@ from l2olib.claims.kinds import (
     holm,
     sign_flip,
 )
-from l2olib.experiments import ExperimentError
+from l2olib.experiments import ExperimentError, find
 from l2olib.train import summarize
 
 # ---- statistics ----------------------------------------------------------------------
@@ -757,6 +758,43 @@ def test_swapped_labels_flip_the_verdict():
     for one in (claim(Unbiased("f", "A")), claim(Unbiased("f", "B", expected=False))):
         assert verdict_of(one, estimates).verdict == "reproduced"
         assert verdict_of(one, swapped).verdict == "not reproduced"
+
+
+def test_details_are_judged_where_they_are_recorded():
+    """A wins over B by default; as "A again" it still does, as "A bad" no longer."""
+    again = CURVES | {"A again": CURVES["A"], "A bad": flat(2.0)}
+    details = {
+        "again": {"f": ("f", "A again")},
+        "bad": {"f": ("g", "A bad"), "h": ("f", "A again")},
+        "elsewhere": {"h": ("f", "A again")},
+        "missing": {"f": ("f", "nobody")},
+    }
+
+    def load(experiment):
+        if experiment == "f":
+            return again, {}
+        return again | {"A": flat(1.8), "B": flat(1.9)}, {}
+
+    one = claim(A_WINS, Diverges("f", "B", expected=False))
+    found = settle([one], details, "A", load)
+    assert [(s.detail, s.default.passed, s.changed.passed) for s in found] == [
+        ("again", True, True), ("bad", True, False)
+    ]  # fmt: skip
+    assert [s.flips for s in found] == [False, True]
+    assert found[1].test.experiment == "g" and found[1].claim is one
+    # Where the method is the other side of a comparison it is exchanged there.
+    other = claim(replace(A_WINS, method="B", reference="A"))
+    (same, worse) = settle([other], details, "A", load)
+    assert not same.changed.passed and worse.changed.passed
+
+
+def test_details_of_the_ledger_name_recorded_labels():
+    places = {
+        place for where in claims.lgl2o.DETAILS.values() for place in where.values()
+    }
+    for experiment, label in places:
+        (entry,) = find(experiment)
+        assert label in {r.label for r in entry.runs("laptop")}
 
 
 def test_holm_runs_over_the_rows_of_the_chapter():

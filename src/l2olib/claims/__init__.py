@@ -15,6 +15,7 @@ how it is judged, ``lgl2o`` and ``star`` the rows.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -28,13 +29,14 @@ from .kinds import (
     rank_correlation,
     window_mean,
 )
-from .verdicts import Claim, Verdict, judge
+from .verdicts import Claim, Settled, Verdict, judge, settle
 
 __all__ = [
     "LEDGER",
     "Claim",
     "Curves",
     "NotTestable",
+    "Settled",
     "Verdict",
     "divergence",
     "first_near",
@@ -43,6 +45,8 @@ __all__ = [
     "markdown",
     "rank_correlation",
     "report",
+    "robustness",
+    "settle",
     "window_mean",
 ]
 
@@ -76,6 +80,15 @@ def report(*patterns: str) -> list[Verdict]:
         rows = [c for c in LEDGER if c.chapter == chapter]
         verdicts += [v for v in judge(rows, experiments.evidence) if v.claim in chosen]
     return verdicts
+
+
+def robustness() -> list[Settled]:
+    """Tests of LGL2O under its open details, from committed records; see ``settle``."""
+    from .. import experiments
+
+    rows = [c for c in LEDGER if c.id[0] in "BC" and not c.source.startswith("ours")]
+    read = functools.cache(experiments.evidence)
+    return settle(rows, lgl2o.DETAILS, "LGL2O", read)
 
 
 def markdown(verdicts: Iterable[Verdict]) -> str:

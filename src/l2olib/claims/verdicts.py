@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import records
@@ -94,6 +94,54 @@ def judge(
         Verdict(claim, _verdict(row, adjusted.get(i)), tuple(row), adjusted.get(i), new)
         for i, (claim, row, new) in enumerate(zip(claims, found, late, strict=True))
     ]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A test of ``claim`` judged twice: by default, and with an open detail of the
+    paper settled otherwise."""
+
+    claim: Claim
+    test: Any
+    detail: str
+    default: Outcome
+    changed: Outcome
+
+    @property
+    def flips(self) -> bool:
+        return self.default.passed != self.changed.passed
+
+
+def settle(
+    claims: Iterable[Claim],
+    details: Mapping[str, Mapping[str, tuple[str, str]]],
+    method: str,
+    load: Callable[[str], tuple[Curves, Mapping[str, str]]],
+) -> list[Settled]:
+    """Judge every test of ``method`` again under each detail that has records for it.
+
+    ``details`` gives, by name of a detail and experiment of a test, where the records
+    are and what ``method`` is called there with that detail. Both outcomes are from
+    these records, so that nothing else differs.
+    """
+    found = []
+    for claim in claims:
+        for test in claim.tests:
+            named = [k for k in ("method", "reference")
+                     if getattr(test, k, None) == method]  # fmt: skip
+            for detail, places in details.items():
+                if not named or test.experiment not in places:
+                    continue
+                place, label = places[test.experiment]
+                default = replace(test, experiment=place)
+                try:
+                    curves, _ = load(place)
+                    first = default(curves)
+                    second = replace(default, **dict.fromkeys(named, label))(curves)
+                except NotTestable:
+                    continue
+                found.append(Settled(claim, default, detail, first, second))
+    return found
 
 
 def _verdict(row: Sequence[tuple[Any, Outcome | str]], p: float | None) -> str:
