@@ -433,6 +433,22 @@ def test_record_mode_loads_what_was_recorded(toy_table):
         assert record.digest == Record.load(run.path).digest
 
 
+def test_a_figure_shows_what_its_weights_allow(toy_table):
+    assert not experiments.ready("toy.fig", "record")
+    assert experiments.ready("toy.fig", "smoke")
+    assert (
+        experiments.pending("toy.fig", "smoke") == "Not meta-trained yet: L2O; LGL2O."
+    )
+    assert {r.label for r, _ in results("toy.fig", "smoke")} == {"SGD"}
+    with pytest.raises(RecordError, match="no weights toy-lstm"):
+        results("toy.fig", "smoke", only=["LGL2O"])
+    record_all("toy.train")
+    assert experiments.pending("toy.fig", "smoke") == ""
+    assert not experiments.ready("toy.fig", "record")
+    record_all("toy.fig")
+    assert experiments.ready("toy.fig", "record")
+
+
 def test_record_mode_shows_what_is_whole_and_names_the_rest(toy_table):
     """A method waits until all its seeds are there; a stale record is no excuse."""
     record_all("toy.train", "toy.fig")

@@ -280,7 +280,8 @@ def results(
 ) -> list[tuple[Run, Record]]:
     """What a chapter plots: committed records (``profile="record"``) or fresh ones.
 
-    ``record`` takes profile ``paper`` only if every run of the figure has its record,
+    Fresh ones, at another profile, are made of the runs whose weights exist. ``record``
+    takes profile ``paper`` only if every run of the figure has its record,
     else those labels of ``laptop`` whose runs are all recorded (RecordError if there
     are none; :func:`pending` names the others). An option that does not fit the
     records fails. ``only``: labels to which a chapter restricts itself (none: all).
@@ -289,10 +290,9 @@ def results(
     if profile != "record":
         runs = entry.runs(profile, **options)
         chosen = [r for r in runs if not only or r.label in only]
-        return [(r, r.execute(checkpoint=False)) for r in chosen]
-    candidate = "paper"
-    if not all(r.state() == "done" for r in entry.runs(candidate)):
-        candidate = "laptop"
+        able = [r for r in chosen if not _needs(r)]
+        return [(r, r.execute(checkpoint=False)) for r in able or chosen[:1]]
+    candidate = _recorded(entry)
     runs = entry.runs(candidate)
     if [r.work for r in entry.runs(candidate, **options)] != [r.work for r in runs]:
         raise ExperimentError(
@@ -307,17 +307,41 @@ def results(
     return [(r, r.load()) for r in ready or missing[:1]]  # the latter raises
 
 
+def _recorded(entry: Experiment) -> str:
+    """The profile whose records are shown."""
+    whole = all(r.state() == "done" for r in entry.runs("paper"))
+    return "paper" if whole else "laptop"
+
+
+def _needs(run: Run) -> bool:
+    """Whether weights or a search that the run reads are missing."""
+    return run.state().startswith("needs ")
+
+
 def _waiting(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(r.label for r in runs if not r.path.exists()))
 
 
 def pending(experiment: str, profile: str) -> str:
-    """In record mode: a sentence on what has no record yet at ``laptop``; else ""."""
+    """A sentence on what has no record yet at ``laptop``; "" if all have theirs.
+
+    At other profiles than ``record``: on what cannot be computed for want of weights.
+    """
     (entry,) = find(experiment)
     if profile != "record":
-        return ""
+        found = dict.fromkeys(r.label for r in entry.runs(profile) if _needs(r))
+        return f"Not meta-trained yet: {'; '.join(found)}." if found else ""
     waiting = _waiting(entry.runs("laptop"))
     return f"Not recorded yet: {'; '.join(waiting)}." if waiting else ""
+
+
+def ready(experiment: str, profile: str) -> bool:
+    """Whether :func:`results` has anything to give."""
+    (entry,) = find(experiment)
+    if profile != "record":
+        return not all(_needs(r) for r in entry.runs(profile))
+    runs = entry.runs(_recorded(entry))
+    return len(_waiting(runs)) < len({r.label for r in runs})
 
 
 def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Tensor]]:
