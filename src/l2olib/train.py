@@ -28,9 +28,10 @@ from .optimizers import Meta, Optimizer, State
 RATE, OVERHEAD = 1.6e10, 6e-4
 """FLOP a second and seconds a step of one CPU core, to estimate the cost of a run."""
 
-PIECE = 10
+PIECE, LARGE = 10, 50_000
 """Inner steps, about, that are one compiled function: it is unrolled, so longer ones
-take minutes to compile; shorter ones are called too often."""
+take minutes to compile; shorter ones are called too often. A network of more than
+``LARGE`` parameters is worth a call for every decision."""
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Names of glibc's mallopt: memory never goes back, and none is mapped by itself."""
@@ -491,7 +492,8 @@ class TrainingJob:
     ) -> tuple[State, Trace]:
         """Take the steps of a segment, in pieces of a few decisions each."""
         interval = self.config.method.interval
-        decisions = max(1, PIECE // interval)
+        long = self.config.optimizee.layout.n > LARGE
+        decisions = 1 if long else max(1, PIECE // interval)
         held_out = None if valid is None else valid.split(decisions, 1)
         traces = []
         for k, batches in enumerate(train.split(decisions * interval, 1)):
