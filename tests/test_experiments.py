@@ -1,5 +1,6 @@
 """The table of experiments: states of runs, weights, record mode, joined curves."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from problems import make_toy_data, make_toy_table  # noqa: F401
 from l2olib import claims, experiments, records
 from l2olib.claims import kinds
 from l2olib.experiments import EXPERIMENTS, PROFILES, ExperimentError, find, results
+from l2olib.experiments.runs import weights_of
 from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.metatrain.evolution import Evolution
@@ -248,7 +250,9 @@ def test_tasks_and_methods_of_star():
     paper = {r.label: r.work for r in runs("star.fig4", "paper")}
     assert paper["Transformer, Adam"].optimizee.layout.n == 20_416_612
     assert {w.steps for w in paper.values()} == {10_000}
-    assert set(paper["LSTM, Blackbox"].weights.values()) == {"mlp-blackbox-0-paper"}
+    assert set(paper["LSTM, Blackbox"].weights.values()) == {
+        "mlp-blackbox-0-paper@best"
+    }
     read = [
         (t.experiment, t.method, t.reference)
         for c in claims.LEDGER
@@ -285,8 +289,14 @@ def fresh_weights(tmp_path, monkeypatch):
     for variant in experiments.STAR_FIG3:
         optimizer = experiments.star_optimizer(variant, MLP((2, 2)).layout)
         name = experiments.star_weights("mlp", variant, 0, "laptop")
-        arrays = {f"meta.{k}": v for k, v in optimizer.init_meta(0).items()}
-        config = {"work": {"optimizer": records.spec(optimizer)}}
+        meta = torch.cat([v.flatten() for v in optimizer.init_meta(0).values()])
+        arrays = {
+            "validation": torch.zeros(1),
+            "snapshot_rollouts": torch.tensor([0]),
+            "snapshots": meta[None],
+        }
+        spec = records.spec(optimizer)
+        config = {"work": {"optimizer": spec, "validate_every": 100}}
         path = tmp_path / "data" / "optimizers" / f"{name}.safetensors"
         Record(config, arrays, {}).save(path)
 
@@ -377,6 +387,36 @@ def test_weights_belong_to_their_role(toy_table):
     work = replace(run.work, method=guard, weights={"proposal": "toy-lstm"})
     with pytest.raises(RecordError, match="which is not the proposal of this run"):
         replace(run, work=work).execute(checkpoint=False)
+
+
+def test_best_weights_are_the_snapshot_that_validated_lowest(tmp_path, monkeypatch):
+    """A meta-training whose second half ruins it, by hand; its result is the last."""
+    monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
+    work = experiments.star_training("smoke", "Blackbox")
+    work = replace(work, iterations=40, validate_every=10)
+    run = experiments.Run("star.x", 1, "laptop", "mlp-x-0", work)
+    d = sum(v.numel() for v in work.optimizer.init_meta(0).values())
+    marks = torch.tensor(work.snapshots())
+    arrays = {f"meta.{k}": v + 7 for k, v in work.optimizer.init_meta(0).items()}
+    arrays |= {
+        "validation": torch.tensor([0.5, 0.4, 0.3, 0.45, math.inf]),
+        "snapshot_rollouts": marks,
+        "snapshots": marks[:, None].float().expand(-1, d).contiguous(),
+    }
+    Record(run.config, arrays, {}).save(run.path)
+    record = experiments.load_weights("mlp-x-0@best")
+    nearest = min(work.snapshots(), key=lambda k: abs(k - 20))
+    assert nearest not in (0, 40)
+    setting = {"optimizee": work.optimizee, "data": "digits", "steps": 20, "seeds": 1}
+    method = {"x": Alone(work.optimizer)}
+    for name, value in (("mlp-x-0@best", nearest), ("mlp-x-0", None)):
+        ((_, reads),) = experiments.trainings(method, name, **setting, segment=10)
+        found = weights_of(record, reads, "optimizer")
+        expected = work.optimizer.init_meta(0)
+        assert list(found) == list(expected) or value is None
+        for key, start in expected.items():
+            full = start + 7 if value is None else torch.full_like(start, value)
+            assert torch.equal(found[key], full)
 
 
 def test_missing_weights_name_those_that_are_there(toy_table):

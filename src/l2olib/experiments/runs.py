@@ -14,6 +14,7 @@ import torch
 from .. import claims, records
 from ..data import find_root, load
 from ..metatrain.truncated import LearningCurve, MetaWork
+from ..optimizees import Layout
 from ..records import Record, RecordError
 from ..train import BURN_IN, Training, drive, repeatable
 from ..tuning import (
@@ -111,7 +112,7 @@ class Run:
         try:
             config = self.config
         except RecordError:
-            needs = set(self.work.weights.values())
+            needs = {n.removesuffix(BEST) for n in self.work.weights.values()}
             if self.tuning is not None:
                 needs.add(f"{self.tuning.experiment} {self.tuning.name}")
             return "needs " + ", ".join(sorted(needs))
@@ -167,8 +168,14 @@ class Run:
         return {"data": name, "data_sha256": load(name).checksum} if name else {}
 
 
+BEST = "@best"
+"""Behind the name of weights: of a meta-training that selects nothing itself, the kept
+snapshot nearest to the iteration of lowest validation, in place of its last iterate."""
+
+
 def load_weights(name: str) -> Record:
     """Read meta-trained weights ``data/optimizers/NAME.safetensors``."""
+    name = name.removesuffix(BEST)
     path = find_root() / "data" / "optimizers" / f"{name}.safetensors"
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
@@ -179,24 +186,34 @@ def load_weights(name: str) -> Record:
     return Record.load(path)
 
 
+def best_snapshot(record: Record) -> int:
+    """Which of a meta-training's snapshots :data:`BEST` stands for."""
+    a, work = record.arrays, record.config["work"]
+    at = work["validate_every"] * int(a["validation"].argmin())
+    return int((a["snapshot_rollouts"] - at).abs().argmin())
+
+
 def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
     """Take from a meta-training's record what ``work`` needs, and check it fits."""
-    if isinstance(work, LearningCurve):
-        wanted, optimizer = record.arrays, work.optimizer
-    else:
-        wanted = {
-            k.removeprefix("meta."): v
-            for k, v in record.arrays.items()
-            if k.startswith("meta.")
-        }
-        optimizer = work.method.optimizers[role]
+    whole = isinstance(work, LearningCurve)
+    optimizer = work.optimizer if whole else work.method.optimizers[role]
     trained = record.config["work"].get("optimizer")
     if trained != records.spec(optimizer):
         raise RecordError(
             f"the weights were trained for {records.canonical(trained)}, which is not "
             f"the {role} of this run: choose weights of the same architecture"
         )
-    return wanted
+    if whole:
+        return record.arrays
+    if work.weights[role].endswith(BEST):
+        meta = optimizer.init_meta(0)
+        layout = Layout({name: tuple(v.shape) for name, v in meta.items()})
+        return layout.views(record.arrays["snapshots"][best_snapshot(record)])
+    return {
+        k.removeprefix("meta."): v
+        for k, v in record.arrays.items()
+        if k.startswith("meta.")
+    }
 
 
 # ---- experiments ---------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..language import LSTMLanguageModel, TransformerLanguageModel
 from ..optimizees import MLP, ResNet, conv_star
 from ..train import Alone
 from ..tuning import MIDDLE, Chosen, adam_ladder, nadamw_draws, tuned
-from .runs import PROFILES, Experiment, trainings
+from .runs import BEST, PROFILES, Experiment, trainings
 from .star import STAR_FIG3, star_optimizer, star_weights
 
 PICTURES = {
@@ -188,7 +188,7 @@ def _star_tune(profile: str) -> Iterable[tuple[str, Any]]:
 
 
 def _generalization(tasks: dict[str, GeneralizationTask]) -> Callable[..., Any]:
-    """Learned optimizers and tuned baselines on each of ``tasks``.
+    """Learned optimizers (as they validated best) and tuned baselines on ``tasks``.
 
     A run's label is "task, method". Smoke runs, of which nothing is recorded, take the
     first candidate of a tuning.
@@ -201,7 +201,7 @@ def _generalization(tasks: dict[str, GeneralizationTask]) -> Callable[..., Any]:
             for variant in STAR_FIG3:
                 yield from trainings(
                     {f"{name}, {variant}": Alone(star_optimizer(variant, layout))},
-                    star_weights("mlp", variant, 0, profile),
+                    star_weights("mlp", variant, 0, profile) + BEST,
                     **setting,
                 )
             baselines = {
