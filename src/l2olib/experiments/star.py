@@ -202,7 +202,8 @@ def _estimators(
 ) -> Iterable[tuple[str, str, Evolution]]:
     """(label, name of the weights, meta-training) on Digits, 500 steps to an unroll."""
     smoke = profile == "smoke"
-    small = {"data": "digits", "batch": 32, "iterations": 2 if smoke else 500}
+    small: dict[str, Any] = {"data": "digits", "batch": 32}
+    small["iterations"] = 2 if smoke else 500
     small |= {"meta_lr": 1e-3, "validate_every": 1 if smoke else 50}
     for variant in ESTIMATED:
         for method, estimator in ESTIMATORS.items():
@@ -236,7 +237,7 @@ def star_weights(kind: str, variant: str, seed: int, profile: str) -> str:
     return f"{kind}-{variant.lower().replace(' ', '-')}-{seed}{suffix}"
 
 
-NORMALIZED = {
+NORMALIZED: dict[str, dict[str, Any]] = {
     "neither": {"normalize": False},
     "input": {"normalize": True},
     "output": {"normalize": False, "precondition": True},
@@ -356,7 +357,7 @@ def _star_ablations(profile: str) -> Iterable[tuple[str, Any]]:
 
 
 STAR_TEST: dict[str, dict[str, Any]] = {
-    "smoke": {"steps": 100, "seeds": 2, "evaluations": 3},
+    "smoke": {"steps": 50, "segment": 10, "seeds": 2, "evaluations": 3},
     "laptop": {"steps": 20_000, "seeds": SEEDS, "replicas": SEEDS},
     "paper": {"steps": 200_000, "seeds": 25, "replicas": 25},
 }

@@ -284,12 +284,11 @@ class RateTrainingJob:
         self.problem = problem_of(c.hessian)
         self.outer = Adam(constant(c.meta_lr))
         self.marks = [0, *log_spaced(1, c.iterations, c.points)]
+        self.one: PES | BackPropagation = e  # the estimator of one seed
+        self.all: PES | BackPropagation = replace(e, pairs=e.pairs * len(c.seeds))
         if c.by == "back-propagation":
-            e = BackPropagation(2 * e.pairs, e.truncation, e.horizon)
-            self.all = replace(e, unrolls=e.unrolls * len(c.seeds))
-        else:
-            self.all = replace(e, pairs=e.pairs * len(c.seeds))
-        self.one = e  # the estimator of one seed
+            self.one = BackPropagation(2 * e.pairs, e.truncation, e.horizon)
+            self.all = replace(self.one, unrolls=self.one.pairs * len(c.seeds))
 
         def step(*args: Any) -> Any:
             return rate_step(self.problem, *args)

@@ -384,7 +384,8 @@ class LearningCurveJob:
         batches = [
             train_indices(self.task.items, c.batch, s, 0, c.steps) for s in c.seeds
         ]
-        meta, total = self.metas[k].to(self.device), 0.0
+        meta = self.metas[k].to(self.device)
+        total = meta.new_zeros(len(c.seeds), dtype=torch.float64)
         for idx in torch.stack(batches, 1).to(self.device):
             loss, params, hidden = self.step(meta, params, hidden, idx)
             total = total + cut(loss, c.ceiling, self.task.data.classes).double()
