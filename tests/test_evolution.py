@@ -303,6 +303,8 @@ def test_mistakes_are_named():
         PES(4, 20, 10)
     with pytest.raises(ValueError, match="from 1 to the horizon, 10, not 20"):
         BackPropagation(4, 20, 10)
+    with pytest.raises(ValueError, match="needs unrolls, not 0"):
+        BackPropagation(0)
     with pytest.raises(ValueError, match="not 4 and 0"):
         PES(4, 5, 10, 0.0)
     with pytest.raises(ValueError, match="not 0 and 0.01"):

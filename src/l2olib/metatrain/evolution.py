@@ -254,6 +254,11 @@ class BackPropagation(Online):
     horizon: int = 2_000
     offset: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unrolls < 1:
+            raise ValueError(f"an estimate needs unrolls, not {self.unrolls}")
+
     @property
     def pairs(self) -> int:
         """An unroll is a pair with one member."""
