@@ -59,7 +59,7 @@ def _each(method: str, reference: str, share: tuple[float, float]) -> tuple[Wins
     return tuple(Wins(f, t, method, reference, share) for f, t in _TASKS.items())
 
 
-_FIG3A, _FIG3C, _STARS = "star.fig3a", "star.fig3", "star.ablations"
+_FIG3C, _STARS = "star.fig3", "star.ablations"
 _HORIZON = 2_000
 """Inner steps of an unroll in the meta-training of STAR's networks."""
 
@@ -72,6 +72,55 @@ def _on_both(
     return tuple(
         BetterTrained(_STARS, f"{method} #{k}", f"{reference} #{k}", iterations, margin)
         for k in range(2)
+    )
+
+
+def _fig3(
+    suffix: str, task: str, panels: tuple[str, str], beyond: str
+) -> tuple[Claim, ...]:
+    """S5 to S7 on one of the two tasks of meta-training, two panels of the figure."""
+    first, second = panels
+    curves = f"star.fig3{first}"
+    stars = ("STAR 0.1 #0", "STAR 0.5 #0")
+
+    def trained(reference: str) -> tuple[BetterTrained, ...]:
+        return tuple(
+            BetterTrained(curves, star, f"{reference} #0", iterations)
+            for star in stars
+            for iterations in (512, None)
+        )
+
+    return (
+        Claim(
+            f"S5{suffix}",
+            _EVOLUTION,
+            f"STAR Fig. 3{first}",
+            "STAR meta-trains faster than Blackbox and ends lower "
+            f"({task}; one meta-training of each)",
+            trained("Blackbox"),
+        ),
+        Claim(
+            f"S6{suffix}",
+            _EVOLUTION,
+            f"STAR Fig. 3{first}",
+            "STAR meta-trains faster than Hyperparam and ends lower (likewise)",
+            trained("Hyperparam"),
+        ),
+        Claim(
+            f"S7{suffix}",
+            _EVOLUTION,
+            f"STAR Fig. 3{second}",
+            "Beyond the 2,000 steps of meta-training Blackbox diverges, STAR does not "
+            f"({task})",
+            (
+                Diverges(beyond, "Blackbox #0", between=(_HORIZON, 20_000)),
+                *(Diverges(beyond, star, expected=False) for star in stars),
+                *(
+                    Lower(beyond, star, "Blackbox #0", (10_000, 20_000))
+                    for star in stars
+                ),
+            ),
+        ),
     )
 
 
@@ -246,42 +295,8 @@ ROWS: tuple[Claim, ...] = (
             ),
         ),
     ),
-    Claim(
-        "S5",
-        _EVOLUTION,
-        "STAR Fig. 3a",
-        "STAR meta-trains faster than Blackbox and ends lower (MLP, Fashion-MNIST; one "
-        "meta-training of each)",
-        tuple(
-            BetterTrained(_FIG3A, f"STAR {decay} #0", "Blackbox #0", iterations)
-            for decay in ("0.1", "0.5")
-            for iterations in (512, None)
-        ),
-    ),
-    Claim(
-        "S6",
-        _EVOLUTION,
-        "STAR Fig. 3a",
-        "STAR meta-trains faster than Hyperparam and ends lower (likewise)",
-        tuple(
-            BetterTrained(_FIG3A, f"STAR {decay} #0", "Hyperparam #0", iterations)
-            for decay in ("0.1", "0.5")
-            for iterations in (512, None)
-        ),
-    ),
-    Claim(
-        "S7",
-        _EVOLUTION,
-        "STAR Fig. 3c",
-        "Beyond the 2,000 steps of meta-training Blackbox diverges, STAR does not",
-        (
-            Diverges(_FIG3C, "Blackbox #0", between=(_HORIZON, 20_000)),
-            Diverges(_FIG3C, "STAR 0.1 #0", expected=False),
-            Diverges(_FIG3C, "STAR 0.5 #0", expected=False),
-            Lower(_FIG3C, "STAR 0.1 #0", "Blackbox #0", (10_000, 20_000)),
-            Lower(_FIG3C, "STAR 0.5 #0", "Blackbox #0", (10_000, 20_000)),
-        ),
-    ),
+    *_fig3("", "MLP, Fashion-MNIST", ("a", "c"), _FIG3C),
+    *_fig3("-convnet", "ConvNet, CIFAR-10", ("b", "d"), "star.fig3d"),
     Claim(
         "S8",
         _EVOLUTION,

@@ -263,7 +263,7 @@ def table() -> str:
     """All experiments as a Markdown table: recorded runs and cost at each profile.
 
     The cost is the measured time where every run has its record, else an estimate for
-    one CPU core.
+    one CPU core; a dash where there is no such profile.
     """
     lines = [
         "| experiment | what it shows | chapter | laptop | paper |",
@@ -272,6 +272,9 @@ def table() -> str:
     for entry in EXPERIMENTS.values():
         cells = []
         for profile in ("laptop", "paper"):
+            if profile not in entry.profiles:
+                cells.append("–")
+                continue
             runs = entry.runs(profile)
             done = [run.load() for run in runs if run.state() == "done"]
             if len(done) == len(runs):
@@ -326,6 +329,8 @@ def results(
 
 def _recorded(entry: Experiment) -> str:
     """The profile whose records are shown."""
+    if "laptop" not in entry.profiles:
+        return "paper"
     whole = all(r.state() == "done" for r in entry.runs("paper"))
     return "paper" if whole else "laptop"
 
@@ -340,15 +345,17 @@ def _waiting(runs: Iterable[Run]) -> list[str]:
 
 
 def pending(experiment: str, profile: str) -> str:
-    """A sentence on what has no record yet at ``laptop``; "" if all have theirs.
+    """A sentence on what has no record yet; "" if all have theirs.
 
     At other profiles than ``record``: on what cannot be computed for want of weights.
     """
     (entry,) = find(experiment)
+    if profile not in ("record", *entry.profiles):
+        return f"Only at profile {' or '.join(entry.profiles)}."
     if profile != "record":
         found = dict.fromkeys(r.label for r in entry.runs(profile) if _needs(r))
         return f"Not meta-trained yet: {'; '.join(found)}." if found else ""
-    waiting = _waiting(entry.runs("laptop"))
+    waiting = _waiting(entry.runs(_recorded(entry)))
     return f"Not recorded yet: {'; '.join(waiting)}." if waiting else ""
 
 
@@ -356,7 +363,8 @@ def ready(experiment: str, profile: str) -> bool:
     """Whether :func:`results` has anything to give."""
     (entry,) = find(experiment)
     if profile != "record":
-        return not all(_needs(r) for r in entry.runs(profile))
+        made = entry.runs(profile) if profile in entry.profiles else []
+        return not all(_needs(r) for r in made)
     runs = entry.runs(_recorded(entry))
     return len(_waiting(runs)) < len({r.label for r in runs})
 
