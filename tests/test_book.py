@@ -13,6 +13,8 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, BrowserContext, Page
 
+from l2olib import claims, proofs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -210,3 +212,15 @@ def test_figures_have_text_for_those_who_do_not_see_them(site: Path) -> None:
     for path in (site / "book").rglob("*.html"):
         for tag in re.findall(r"<img\b[^>]*>", path.read_text(encoding="utf-8")):
             assert re.search(r'alt="[^"]+"', tag), f"{path.name}: {tag}"
+
+
+def test_appendices_show_every_row_and_every_theorem(site: Path) -> None:
+    """Nothing is lost between the library's lists and the two pages made of them."""
+    ledger = (site / "book" / "a3-ledger.html").read_text(encoding="utf-8")
+    for claim in claims.LEDGER:
+        assert f"<p>{claim.id}</p>" in ledger, claim.id
+    errata = (site / "book" / "a1-errata.html").read_text(encoding="utf-8")
+    for notebook in sorted((ROOT / "book").glob("[0-9]*.ipynb")):
+        if proofs.proof_code(notebook).strip():
+            for theorem in proofs.load(notebook):
+                assert f'href="{notebook.stem}.html#{theorem.label}"' in errata

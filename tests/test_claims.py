@@ -25,6 +25,7 @@ from l2olib.claims.kinds import (
     AcceptsWorse,
     AtTheEdge,
     BarFalls,
+    BestTrained,
     BetterTrained,
     Breaks,
     Cheaper,
@@ -753,6 +754,16 @@ def test_swapped_labels_flip_the_verdict():
         one = claim(BetterTrained("f", "A", "B", iterations, margin=0.02))
         assert verdict_of(one, trained).verdict == "reproduced"
         assert verdict_of(one, swapped).verdict == "not reproduced"
+    means = {"A, 1": 3.0, "A, 2": 1.0, "B, 1": 2.0, "B, 2": 4.0}
+    forms = {
+        name: {"rollouts": torch.tensor([0]), "objective": mean + torch.zeros(6, 1)}
+        for name, mean in means.items()
+    }
+    pairs = [("A, 1", "A, 2"), ("B, 1", "B, 2")]
+    for one, other, verdict in (0, 1, "reproduced"), (1, 0, "not reproduced"):
+        found = verdict_of(claim(BestTrained("f", pairs[one], pairs[other])), forms)
+        assert found.verdict == verdict
+        assert "A, 2" in found.ran[0][1].measured and "B, 1" in str(found.ran[0][1])
     estimates = {"A": scattered(-2.0, 0.1), "B": scattered(-1.0, 0.1)}
     swapped = {"A": estimates["B"], "B": estimates["A"]}
     for one in (claim(Unbiased("f", "A")), claim(Unbiased("f", "B", expected=False))):
@@ -869,9 +880,22 @@ def test_the_ledger_can_be_judged_without_records(monkeypatch, tmp_path):
     verdicts = claims.report()
     assert sorted(v.claim.id for v in verdicts) == sorted(c.id for c in LEDGER)
     assert {v.verdict for v in verdicts} == {"not testable yet"}
-    text = claims.markdown(verdicts)
-    assert len(text.splitlines()) == 2 + len(LEDGER)
-    assert all(line.count("|") == 5 for line in text.splitlines())
+    rows = [x for x in claims.markdown(verdicts).splitlines() if x.startswith("|")]
+    assert len(rows) == 2 + len(LEDGER)
+    assert all(row.count("|") == 5 for row in rows)
+
+
+def test_failures_stand_before_what_passes():
+    """Of three tests that pass beside one that fails, only the number is unfolded."""
+    passing = [replace(A_WINS, by=k / 10) for k in range(3)]
+    failing = Lower("f", "B", "A", WINDOW)
+    verdict = verdict_of(claim(*passing, failing), CURVES)
+    row = claims.markdown([verdict]).splitlines()[2]
+    shown, _, rest = row.partition("<details><summary>3 tests pass</summary>")
+    assert rest.count("✓") == 3 and "✓" not in shown
+    assert rest.partition("</details>")[2].count("✗") == 1
+    assert ", detectable " in rest and verdict.tally.startswith("3 of 4 pass, Holm p")
+    assert "<details>" not in claims.markdown([verdict_of(claim(*passing), CURVES)])
 
 
 def test_the_ledger_holds_the_claims_of_these_figures():

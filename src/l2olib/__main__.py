@@ -175,10 +175,10 @@ def claims_(args: argparse.Namespace) -> int:
     """Print the verdict of every claim whose id matches."""
     for verdict in claims.report(args.pattern):
         print(f"{verdict.claim.id:4} {verdict.verdict:18} {verdict.claim.statement}")
+        print(f"       {verdict.tally}")
         for test, outcome in verdict.findings:
-            text = outcome if isinstance(outcome, str) else outcome.measured
-            mark = "?" if isinstance(outcome, str) else "✓" if outcome.passed else "✗"
-            print(f"       {mark} {verdict.claim.name(test)}: {text}")
+            mark = "?" if isinstance(outcome, str) else outcome.mark
+            print(f"       {mark} {verdict.claim.name(test)}: {outcome}")
     return 0
 
 

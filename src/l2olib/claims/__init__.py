@@ -21,9 +21,9 @@ from collections.abc import Iterable
 
 from . import lgl2o, star
 from .kinds import (
+    ALPHA,
     Curves,
     NotTestable,
-    Outcome,
     divergence,
     first_near,
     rank_correlation,
@@ -94,23 +94,29 @@ def robustness() -> list[Settled]:
 def markdown(verdicts: Iterable[Verdict]) -> str:
     """The ledger as a Markdown table: claim, verdict, and the tests with outcomes.
 
-    Where the tests of a row read several figures, each says which.
+    Tests that pass are folded behind their number where others do not. Where the tests
+    of a row read several figures, each says which.
     """
-    lines = ["| claim | the paper says | verdict | tests and what they found |",
+    lines = ["| claim | what is claimed | verdict | tests and what they found |",
              "|---|---|---|---|"]  # fmt: skip
     for v in verdicts:
-        cells, waiting = [], Counter(o for _, o in v.findings if isinstance(o, str))
-        for test, outcome in v.findings:
-            if isinstance(outcome, Outcome):
-                mark = "✓" if outcome.passed else "✗"
-                cells.append(f"{mark} {v.claim.name(test)}: {outcome.measured}")
-        for why, count in waiting.items():
-            cells.append(f"· {count} test{'s' * (count > 1)} not testable: {why}")
-        verdict = f"**{v.verdict}**"
-        if v.p is not None:
-            verdict += f"<br>Holm p = {v.p:.2g}"
-        if v.post_hoc:
-            verdict += "<br>*post hoc*"
+        waiting = Counter(o for _, o in v.findings if isinstance(o, str))
+        passed, failed = (
+            [f"{o.mark} {v.claim.name(t)}: {o}" for t, o in v.ran if o.mark == mark]
+            for mark in "✓✗"
+        )
+        cells = failed + [
+            f"· {count} test{'s' * (count > 1)} not testable: {why}"
+            for why, count in waiting.items()
+        ]
+        if cells and len(passed) > 2:
+            title = f"<summary>{len(passed)} tests pass</summary>"
+            passed = [f"<details>{title}{'<br>'.join(passed)}</details>"]
+        verdict = f"**{v.verdict}**<br>{v.tally}" + "<br>*post hoc*" * v.post_hoc
         source = f"{v.claim.statement} ({v.claim.source})"
-        lines.append(f"| {v.claim.id} | {source} | {verdict} | {'<br>'.join(cells)} |")
-    return "\n".join(lines)
+        found = "<br>".join(passed + cells)
+        lines.append(f"| {v.claim.id} | {source} | {verdict} | {found} |")
+    return "\n".join(lines) + (
+        f"\n\n*Detectable: the difference that these seeds, with their spread, would "
+        f"show at {ALPHA:g} with probability 0.8.*"
+    )

@@ -45,6 +45,22 @@ class Verdict:
     p: float | None
     post_hoc: bool
 
+    @property
+    def ran(self) -> list[tuple[Any, Outcome]]:
+        """The tests that could be run."""
+        return [(t, o) for t, o in self.findings if isinstance(o, Outcome)]
+
+    @property
+    def tally(self) -> str:
+        """What decides: tests that pass, tests that wait, the adjusted p-value."""
+        passed = sum(o.passed for _, o in self.ran)
+        parts = [f"{passed} of {len(self.ran)} pass"] if self.ran else []
+        if waiting := len(self.findings) - len(self.ran):
+            parts.append(f"{waiting} waiting")
+        if self.p is not None:
+            parts.append(f"Holm p = {self.p:.2g}")
+        return ", ".join(parts)
+
 
 def judge(
     claims: Iterable[Claim], load: Callable[[str], tuple[Curves, Mapping[str, str]]]

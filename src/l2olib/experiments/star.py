@@ -261,7 +261,7 @@ NORMALIZED: dict[str, dict[str, Any]] = {
 }
 """Where a blackbox term divides: its features by their root mean squares over a tensor,
 its output by the root mean square gradient of the weight."""
-SCALES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+SCALES = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def _normalisation(
@@ -272,7 +272,7 @@ def _normalisation(
     chosen = tuple(range(seeds or (2 if smoke else 25)))
     optimizee, steps = STAR_MLP["digits"], 10 if smoke else 500
     for name, setting in NORMALIZED.items():
-        for scale in SCALES[::3] if smoke else SCALES:
+        for scale in SCALES[::6] if smoke else SCALES:
             optimizer = replace(blackbox(optimizee.layout), step_mult=scale, **setting)
             yield (
                 f"{name}, {scale:g}/0",
