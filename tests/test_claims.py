@@ -113,7 +113,7 @@ def test_sign_flip_is_calibrated():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_sign_flip_refuses_what_is_not_finite(bad):
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(NotTestable, match="are not finite"):
         p_of(-1.0, -1.0, -1.0, -1.0, -1.0, bad)
 
 
@@ -425,6 +425,14 @@ def test_costs_and_hyperparameters():
     assert Cheaper("f", "A", "B", "flops")(curves).passed
     assert not Cheaper("f", "B", "A", "flops")(curves).passed
     assert not Cheaper("f", "A", "A", "flops")(curves).passed
+    timed = {
+        name: {"seconds": torch.tensor([x]), "conditions": torch.tensor([7])}
+        for name, x in zip("AB", (2.0, 2.3), strict=True)
+    }
+    assert Cheaper("f", "A", "B", "seconds")(timed).passed
+    timed["B"]["conditions"] = torch.tensor([8])
+    with pytest.raises(NotTestable, match="not measured under equal conditions"):
+        Cheaper("f", "A", "B", "seconds")(timed)
     assert FewerHyperparameters("f", "A", "B")(curves).passed
     assert not FewerHyperparameters("f", "A", "A")(curves).passed
 
@@ -509,6 +517,15 @@ def test_steps_inside_reads_moduli_at_the_last_marks():
     found = {k: StepsInside("f", k)(curves).passed for k in curves}
     assert found == {"in": True, "out": False, "was": True}
     assert StepsInside("f", "out", expected=False)(curves).passed
+    some = spectrum(*[0.1] * 5, largest=1.06)
+    some["ritz"][:3, :, 1] = torch.tensor([0.6, 0.8])
+    for expected in (True, False):  # three of five are inside: neither
+        assert not StepsInside("f", "some", expected)({"some": some}).passed
+    lost = spectrum(*[0.1] * 5, largest=0.5)
+    lost["ritz"][:, -1, 1:] = torch.nan  # a Krylov space may be exhausted
+    assert StepsInside("f", "lost")({"lost": lost}).passed
+    lost["ritz"][:, -1] = torch.nan  # where training has diverged nothing is stable
+    assert StepsInside("f", "lost", expected=False)({"lost": lost}).passed
     with pytest.raises(NotTestable, match="4 seeds are fewer"):
         StepsInside("f", "a")({"a": spectrum(*[0.1] * 5, seeds=4)})
 

@@ -134,6 +134,31 @@ def test_the_settings_of_stars_meta_training():
     assert steps == {"star.fig3": {20_000}, "star.long": {200_000}}
 
 
+def test_what_always_runs_on_the_cpu_says_so():
+    """Small work in double precision ignores device and compilation."""
+    for name in ("star.fig1", "star.fig2a", "star.fig2c", "ours.bias", "ours.rate"):
+        run = runs(name, "smoke")[0]
+        assert run.work.on_cpu
+    made = runs("star.fig1", "smoke")[0].execute(device="cuda", compile=True)
+    assert (
+        made.provenance["device"].startswith("cpu") and not made.provenance["compiled"]
+    )
+
+
+def test_why_a_test_cannot_be_run(monkeypatch, tmp_path):
+    """No record is one thing, a record of another configuration another."""
+    monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
+    with pytest.raises(claims.NotTestable, match="star.fig1 is not recorded in full"):
+        experiments.evidence("star.fig1")
+    for run in runs("star.fig1"):
+        made = run.execute(checkpoint=False)
+        Record({**made.config, "version": 0}, made.arrays, made.provenance).save(
+            run.path
+        )
+    with pytest.raises(claims.NotTestable, match="belongs to another configuration"):
+        experiments.evidence("star.fig1")
+
+
 def test_stars_convnet_is_for_a_gpu():
     """The second task of Fig. 3: same settings, other network; no laptop profile."""
     (entry,) = find("star.convnet")

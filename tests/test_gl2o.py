@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from problems import PATHOLOGICAL, Step, quadratic
+from problems import PATHOLOGICAL, Step, make_toy_data, quadratic  # noqa: F401
 
+from l2olib.data import load
 from l2olib.guards import GL2O, ArithmeticAverage, Geometric, MovingAverage, RecentMax
+from l2olib.optimizees import MLP, Task
 from l2olib.optimizers import SGD, constant
 
 RULES = [
@@ -92,6 +94,18 @@ def test_residual_with_and_without_the_learning_rate():
         guard = GL2O(Step(-0.5), SGD(constant(0.1)), scaled=scaled)
         _, trace = run(guard, task, start, 1)
         assert trace["residual"].item() == pytest.approx(residual)
+
+
+def test_a_fresh_residual_is_taken_on_another_batch(toy_data):
+    """At the proposal, by the fallback's gradient on the validation batch."""
+    task = Task(MLP((2, 3, 2)), load("toy"))
+    guard = GL2O(Step(0.1), SGD(constant(0.1)), fresh=True)
+    assert guard.batches == (1, "disjoint")
+    start = task.optimizee.init(0)
+    train, valid = torch.arange(8)[None], torch.arange(8, 16)[None, None]
+    _, trace = guard.segment(task, METAS, guard.init(start), train, valid)
+    _, gradient = task.loss_and_grad(start + 0.1, valid[0, 0])
+    assert trace["residual"].item() == pytest.approx(0.1 * gradient.norm().item())
 
 
 @pytest.mark.parametrize(

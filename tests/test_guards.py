@@ -369,7 +369,8 @@ class Plain:
             ask = guard.decrease * max(gain, 0.0)
             f_z, items_z = f_z - ask, [v - ask for v in items_z]
         apart, way = math.dist(y, z), math.dist(z, self.x)
-        won, error = self.wins("guard", items_y, items_z, apart, held)
+        between = math.dist(y, self.x) if isinstance(guard, Lazy) else apart
+        won, error = self.wins("guard", items_y, items_z, between, held)
         if guard.radius is not None:
             won = won and apart <= guard.radius * way
         losses, h_x = losses_y if won else losses_z, self.h
@@ -510,7 +511,11 @@ def test_every_test_of_noise_equals_the_plain_algorithm(options):
     assert 0 < sum(won) < len(won), "both outcomes must occur"
 
 
-@pytest.mark.parametrize("options", [{}, {"validation": "full"}, {"test": Margin(0.5)}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"validation": "full"}, {"test": Margin(0.5)}, {"test": Sequential(0.5)}],
+    ids=str,
+)
 def test_lazy_equals_the_plain_algorithm(options):
     guard = Lazy(
         SGD(PowerDecay(1.0, 10.0), momentum=0.7),
@@ -649,6 +654,18 @@ def test_wrong_tests_of_noise_are_refused():
         Sequential(memory=1.0)
     with pytest.raises(ValueError, match="^the full loss has no noise"):
         LGL2O(LSTM, GD, validation="full", test=Margin())
+
+
+def test_lazy_knows_how_far_it_has_come():
+    """Two equal optimizers: their ends are one point, but not that of the start."""
+    same = SGD(constant(0.3))
+    task = blobs()
+    guard = Lazy(same, same, n_t=3, n_c=4, test=Sequential(1.0))
+    state, trace = guard.segment(
+        task, metas_of(guard), guard.init(start_of(task)), batches(task, 30, 8),
+        held_out(task, guard, 10),
+    )  # fmt: skip
+    assert trace["use_l2o"].any() and state["test"]["noise"].isfinite()
 
 
 # ---- what tests of noise promise -----------------------------------------------------

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from problems import Step
 
 from l2olib import spectra
 from l2olib.data import load
@@ -114,6 +115,17 @@ def test_a_training_records_the_hessians_largest_eigenvalue():
     left = arrays["ritz"][0, -1, :, 0].nan_to_num(math.inf).min().item()
     assert left == pytest.approx(1 - rate * largest, abs=1e-5)
     assert arrays["ritz"].shape == (1, 2, 12, 2)
+
+
+def test_a_training_that_blows_up_has_no_spectrum_there():
+    """Its parameters are infinite after the first step."""
+    work = spectra.Linearised(
+        optimizee=MLP((2, 4, 2)), data="moons", method=Alone(Step(math.inf)),
+        steps=20, seeds=(0,), segment=10, batch=32, evaluations=2, sample=64, size=3,
+    )  # fmt: skip
+    job = work.job("cpu", False, {"optimizer": {}})
+    arrays, _ = drive(job)
+    assert arrays["ritz"].isnan().all() and arrays["loss"].isfinite().sum() == 1
 
 
 def test_a_resumed_training_has_the_same_bits(tmp_path):

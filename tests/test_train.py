@@ -426,6 +426,13 @@ def test_impossible_runs_are_refused(changes, message):
         work(METHODS["guard"], **changes)
 
 
+def test_a_learned_optimizer_needs_weights(toy_data):
+    with pytest.raises(ValueError, match="^the optimizer is a learned optimizer with"):
+        work(Alone(SMALL)).job("cpu", False, {"optimizer": {}})
+    with pytest.raises(ValueError, match="has no proposer: give weights to proposal"):
+        work(LGL2O(SMALL, GD), weights={"proposer": "x"})
+
+
 def test_a_batch_larger_than_the_data_is_refused(toy_data):
     config = work(METHODS["alone"], batch=65)
     with pytest.raises(DataError, match="batch of 65 is larger than the 64 .* of toy"):

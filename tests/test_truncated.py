@@ -10,6 +10,7 @@ from problems import batches, blobs, make_toy_data, start_of  # noqa: F401
 from l2olib import records
 from l2olib.data import DataError, train_indices
 from l2olib.learned.lstm import LSTMOptimizer
+from l2olib.metatrain import truncated
 from l2olib.metatrain.truncated import (
     LearningCurve,
     LearningCurveJob,
@@ -164,6 +165,23 @@ def test_equals_a_plain_loop_with_torch_adam(toy_data, order):
         assert arrays["training"][rollout].item() == pytest.approx(expected, rel=1e-5)
     final = job.layout.flatten(leaves)
     assert torch.allclose(arrays["snapshots"][-1], final, rtol=1e-3, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_not_taken(toy_data, monkeypatch):
+    """One of six: the others move the meta-parameters as if it had not been."""
+    real, calls = truncated.meta_gradient, []
+
+    def sometimes(*args):
+        grads, *rest = real(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            grads = {k: v * torch.inf for k, v in grads.items()}
+        return grads, *rest
+
+    monkeypatch.setattr(truncated, "meta_gradient", sometimes)
+    arrays, _ = drive(MetaTrainingJob(small(rollouts=3)))
+    assert arrays["snapshots"].isfinite().all() and len(calls) == 6
+    assert not torch.equal(arrays["snapshots"][-1], arrays["snapshots"][0])
 
 
 def test_the_lowest_validation_value_is_selected(toy_data, monkeypatch):

@@ -96,6 +96,7 @@ def test_a_loss_that_was_not_finite_never_wins(toy_data):
     assert best(torch.tensor([[0.1, 2.0, 3.0], [torch.inf, 2.0, 1.0]])) == 1
     assert best(torch.tensor([[2.0, 1.0, 1.0]])) == 1, "the first of equals"
     assert best(torch.tensor([[torch.nan, 3.0, 4.0]])) == 1, "not tried"
+    assert best(torch.tensor([[torch.nan, torch.inf]] * 2)) == 1, "tried, and in vain"
 
 
 def test_a_tuning_without_a_finite_trial_chooses_nothing():

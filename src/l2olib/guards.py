@@ -13,6 +13,7 @@ control that guards nothing.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -106,7 +107,9 @@ class Sequential:
         seen = delta.var() / size / apart**2
         noise = torch.where(state["noise"].isnan(), seen, state["noise"])
         bar = self.c * noise.sqrt() * apart
-        walk = delta.mean(1).cumsum(0)
+        # As cumsum, which CUDA has in no deterministic version.
+        sums = itertools.accumulate(delta.mean(1).double().unbind())
+        walk = torch.stack(list(sums)).to(delta)
         outside = walk.abs() > bar
         count = torch.arange(n_c, device=delta.device)
         first = torch.where(outside, count, n_c).min()
@@ -256,7 +259,7 @@ class LGL2O:
             )
         y, z = ends["proposal"], ends["fallback"]
         l_y = self.losses(task, y, held_out)
-        l_z = self.bar(task, metas, state, batches, first, z, held_out)
+        l_z, rival = self.bar(task, metas, state, batches, first, z, held_out)
         f_y, f_z, delta = l_y.mean(), l_z.mean(), l_y - l_z
         y_ok = f_y.isfinite() & finite(y)
         z_ok = f_z.isfinite() & finite(z)
@@ -265,7 +268,7 @@ class LGL2O:
         if self.test is None:
             better = f_y < f_z
         else:
-            better, tested, more = self.test(delta, (y - z).norm(), state["test"])
+            better, tested, more = self.test(delta, (y - rival).norm(), state["test"])
             after["test"] = select(z_ok & y_ok, tested, state["test"])
         if self.radius is not None:
             better &= (y - z).norm() <= self.radius * (z - x).norm()
@@ -308,9 +311,9 @@ class LGL2O:
         first: tuple[Tensor, Tensor],
         z: Tensor,
         held_out: Tensor | None,
-    ) -> Tensor:
-        """What the proposal's losses must beat: those of the fallback's candidate."""
-        return self.losses(task, z, held_out)
+    ) -> tuple[Tensor, Tensor]:
+        """The losses that the proposal must beat, and where: at the fallback's end."""
+        return self.losses(task, z, held_out), z
 
     def error(self, delta: Tensor) -> Tensor:
         """Standard error of the mean of ``delta`` (0 for the full loss)."""
@@ -398,14 +401,15 @@ class Lazy(LGL2O):
         first: tuple[Tensor, Tensor],
         z: Tensor,
         held_out: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """The losses at the current point, less the decrease that is asked for."""
         x, loss, grad = state["params"], *first
         step, _ = self.fallback.update(
             metas["fallback"], grad, state["fallback"], x, loss=loss
         )
         promised = -(task.loss_and_grad(x, batches[1])[1] @ step)
-        return self.losses(task, x, held_out) - self.decrease * promised.clamp(min=0)
+        asked = self.decrease * promised.clamp(min=0)
+        return self.losses(task, x, held_out) - asked, x
 
     def cost(
         self, optimizee: Any, batch: int, items: int, accepted: float = 0.0

@@ -37,6 +37,10 @@ class RecordError(Exception):
     """A record that cannot be used; the message says why and what to do."""
 
 
+class Missing(RecordError):
+    """There is no such record."""
+
+
 # ---- what determines a result: objects -> plain JSON ---------------------------------
 
 
@@ -149,7 +153,7 @@ def read(path: Path, device: str = "cpu") -> tuple[Arrays, dict[str, Any]]:
             metadata = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
             return {k: f.get_tensor(k) for k in f.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError:
-        raise RecordError(f"{short(path)} does not exist") from None
+        raise Missing(f"{short(path)} does not exist") from None
     except (SafetensorError, ValueError, OSError) as error:
         raise RecordError(
             f"{short(path)} is damaged ({error}): delete it and run the experiment "

@@ -106,6 +106,9 @@ def ritz_values(
 class Linearised(Training):
     """A training of one seed that looks at its own stability at every mark.
 
+    Up to the mark at which its parameters are not finite any more: there is no step to
+    linearise there, and the values are NaN.
+
     Its record also holds ``ritz [1, marks, size, 2]``, real and imaginary parts of the
     Ritz values of the step linearised on the first ``sample`` training items (0: all)
     in float64, and ``residuals [1, marks, size]``. The method is one optimizer alone.
@@ -145,7 +148,7 @@ class LinearisedJob(TrainingJob):
     def advance(self, state: State) -> State:
         state = super().advance(state)
         c, end = self.config, int(state["step"])
-        if end in c.marks:
+        if end in c.marks and state["method"]["params"].isfinite().all():
             at = c.marks.index(end)
             inner = pytree.tree_map(lambda v: v[0], state["method"])
             idx = torch.arange(c.sample or self.task.items, device=self.device)

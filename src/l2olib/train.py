@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import records
 from .data import DataError, load, train_indices, valid_indices
@@ -368,6 +369,11 @@ class Training:
             )
         for optimizer in self.method.optimizers.values():
             check_built_for(self.optimizee, optimizer)
+        if unknown := set(self.weights) - set(self.method.optimizers):
+            raise ValueError(
+                f"the method has no {', '.join(sorted(unknown))}: give weights to "
+                f"{' or '.join(self.method.optimizers)}"
+            )
         groups = {seed // self.replicas for seed in self.seeds}
         if len(groups) != 1 or min(self.seeds) < 0:
             raise ValueError(
@@ -412,6 +418,12 @@ class TrainingJob:
 
     def __post_init__(self) -> None:
         c = self.config
+        for role, optimizer in c.method.optimizers.items():
+            if optimizer.init_meta(0) and not self.metas.get(role):
+                raise ValueError(
+                    f"the {role} is a learned optimizer without weights: give it those "
+                    "of a meta-training, or optimizer.init_meta(seed)"
+                )
         self.task = Task(c.optimizee, load(c.data, device=self.device))
         if c.batch > self.task.items:
             raise DataError(
@@ -529,6 +541,7 @@ class TrainingJob:
 
     def finish(self, state: State) -> dict[str, Tensor]:
         c = self.config
+        state = tree_map(Tensor.cpu, state)  # all of a resumed one is on the device
         keep = [seed - c.group[0] for seed in c.seeds]
         arrays = summarize(state["trace"]["loss"][keep])
         if c.method.traces:

@@ -82,7 +82,8 @@ def best(scores: Tensor) -> int:
 
     ``scores [R, K]``; NaN: not tried, infinite: a loss was not finite.
     """
-    return int(scores.double().nan_to_num(torch.inf).mean(0).argmin())
+    mean = scores.double().mean(0)  # tried on all seeds or on none; not tried is last
+    return int(mean.nan_to_num(nan=torch.inf).argmin())
 
 
 @dataclass

@@ -138,6 +138,8 @@ class Run:
 
         Raises :class:`l2olib.train.Unfinished` at ``time_limit`` seconds.
         """
+        if getattr(self.work, "on_cpu", False):  # small, in double precision
+            device, compile = "cpu", False
         repeatable()
         records.commit(), records.source_digest()  # of what runs, not of what is edited
         metas = {k: weights_of(r, self.work, k) for k, r in self.trained.items()}
@@ -179,7 +181,7 @@ def load_weights(name: str) -> Record:
     path = find_root() / "data" / "optimizers" / f"{name}.safetensors"
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
-        raise RecordError(
+        raise records.Missing(
             f"there are no weights {name}: meta-train them first, or choose one of "
             f"{', '.join(known) or '(none yet)'}"
         )
@@ -372,8 +374,8 @@ def ready(experiment: str, profile: str) -> bool:
 def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Tensor]]:
     """Join the records of each label along their seeds (first axis).
 
-    To the recorded arrays come ``seconds`` (measured, a step and replica) and
-    :func:`hyperparameters`.
+    To the recorded arrays come ``seconds`` (measured, a step and replica), a number for
+    the ``conditions`` under which, and :func:`hyperparameters`.
     """
     joined: dict[str, dict[str, torch.Tensor]] = {}
     for run, record in found:
@@ -381,6 +383,7 @@ def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Ten
         if isinstance(run.work, Training):
             per_step = record.provenance["seconds"] / run.work.steps / run.work.replicas
             arrays["seconds"] = torch.tensor([per_step])
+            arrays["conditions"] = torch.tensor([_conditions(record)])
             arrays["hyperparameters"] = torch.tensor(
                 [hyperparameters(run.resolved.method)]
             )
@@ -392,6 +395,13 @@ def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Ten
                 both = [joined[run.label][name], value]
                 joined[run.label][name] = torch.cat(both)
     return joined
+
+
+def _conditions(record: Record) -> int:
+    """A number for what a measured time depends on besides the work itself."""
+    keys = ("source", "device", "torch", "threads", "compiled")
+    facts = {key: record.provenance.get(key) for key in keys}
+    return int(records.digest(facts)[:12], 16)
 
 
 def summary(curves: claims.Curves) -> str:
@@ -446,8 +456,10 @@ def evidence(experiment: str) -> tuple[claims.Curves, dict[str, str]]:
         found = results(experiment, "record")
     except ExperimentError:
         raise claims.NotTestable(f"{experiment} is not in the table yet") from None
-    except RecordError:
+    except records.Missing:
         raise claims.NotTestable(f"{experiment} is not recorded in full") from None
+    except RecordError as why:
+        raise claims.NotTestable(str(why)) from None
     known = [r.provenance["claims"] for _, r in found]
     return curves(found), {k: v for k, v in known[0].items() if all(
         other.get(k) == v for other in known)}  # fmt: skip

@@ -631,6 +631,7 @@ ENTRIES = [
         "Digits: random blackbox terms, input and output normalised or not",
         "09-stability-by-design",
         _normalisation,
+        version=2,
     ),
     Experiment(
         "star.guarded",

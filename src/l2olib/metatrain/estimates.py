@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -145,6 +145,8 @@ class EstimateStatistics:
         e = self.estimator
         return len(self.seeds) * (e.horizon * (4e-4 + 2e-7 * e.pairs) + 5e-5 * e.pairs)
 
+    on_cpu: ClassVar[bool] = True
+
     def job(self, device: str, compile: bool, metas: Any) -> EstimateStatisticsJob:
         return EstimateStatisticsJob(self)
 
@@ -264,6 +266,8 @@ class RateTraining:
 
     def seconds(self) -> float:
         return 6e-4 * self.steps
+
+    on_cpu: ClassVar[bool] = True
 
     def job(self, device: str, compile: bool, metas: Any) -> RateTrainingJob:
         return RateTrainingJob(self)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,8 @@ class Spectrum:
 
     def seconds(self) -> float:
         return 1e-3 * len(self.seeds)
+
+    on_cpu: ClassVar[bool] = True
 
     def job(self, device: str, compile: bool, metas: Any) -> SpectrumJob:
         return SpectrumJob(self)
@@ -164,6 +166,8 @@ class GradientVariance:
 
     def seconds(self) -> float:
         return 6e-8 * max(self.horizons) * self.points * len(self.seeds) + 1.0
+
+    on_cpu: ClassVar[bool] = True
 
     def job(self, device: str, compile: bool, metas: Any) -> GradientVarianceJob:
         return GradientVarianceJob(self)
@@ -313,6 +317,8 @@ class QuadraticMetaTraining:
 
     def seconds(self) -> float:
         return 2.4e-5 * self.horizon * self.iterations
+
+    on_cpu: ClassVar[bool] = True
 
     def job(self, device: str, compile: bool, metas: Any) -> QuadraticMetaTrainingJob:
         return QuadraticMetaTrainingJob(self)

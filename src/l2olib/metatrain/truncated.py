@@ -283,8 +283,10 @@ class MetaTrainingJob(MetaJob):
                 self.task, self.update, self.layout.views(meta), params, hidden, part,
                 c.order,
             )  # fmt: skip
-            step, adam = self.outer.update({}, self.layout.flatten(grads), adam, meta)
-            meta = meta + step
+            gradient = self.layout.flatten(grads)
+            if gradient.isfinite().all():  # else Adam's averages would never recover
+                step, adam = self.outer.update({}, gradient, adam, meta)
+                meta = meta + step
             total += losses.double().sum().item()
         training = state["training"].clone()
         training[done] = total / c.rollout
@@ -301,7 +303,8 @@ class LearningCurve:
     seed's optimizee, and so do the resulting ("selected") meta-parameters; the
     meta-objective is the mean mini-batch loss along the way, cut off by :func:`cut` at
     the ``ceiling`` of the meta-training that ``weights`` names. With no weights it is
-    that of the optimizer before any meta-training: every seed draws its own.
+    that of the optimizer before any meta-training: every seed draws its own (from
+    another stream than its optimizee's parameters).
     """
 
     optimizer: Optimizer
@@ -341,7 +344,7 @@ class LearningCurveJob:
     def __post_init__(self) -> None:
         c = self.config
         self.task = Task(c.optimizee, load(c.data, device=self.device))
-        drawn = [c.optimizer.init_meta(seed) for seed in c.seeds]
+        drawn = [c.optimizer.init_meta(TRAINING + seed) for seed in c.seeds]
         self.layout = Layout({k: tuple(v.shape) for k, v in drawn[0].items()})
         if self.trained is None:
             self.rollouts = torch.tensor([0])
