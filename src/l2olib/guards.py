@@ -1,6 +1,6 @@
 """Guards: run a learned optimizer beside a fallback and keep what a test allows.
 
-:class:`LGL2O` is the loss guard of Premont-Schwarz, Vitku and Feyereisl, "A Simple
+:class:`LGL2O` is the loss guard of Prémont-Schwarz, Vitku and Feyereisl, "A Simple
 Guard for Learned Optimizers" (ICML 2022). With ``n_t=1`` and ``validation="full"`` it
 is their Algorithm 1, with the defaults their Algorithm 2; a noise-aware ``test``
 (:class:`Margin`, :class:`Sequential`; ours) makes it demand evidence, :class:`Lazy`

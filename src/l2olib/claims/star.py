@@ -426,6 +426,16 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "P4-unclipped",
+        _EVOLUTION,
+        "ours, on P4: the clipping, which biases PES",
+        "So it is without clipping",
+        tuple(
+            Less("ours.rate", "PES, no clipping", f"{other}, no clipping", "final")
+            for other in ("truncated ES", "truncated back-propagation")
+        ),
+    ),
+    Claim(
         "P5",
         _EVOLUTION,
         "ours",

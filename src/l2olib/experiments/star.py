@@ -533,6 +533,9 @@ def _rate(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
         "truncated back-propagation": truncated,
         "back-propagation": replace(truncated, estimator=whole),
         "PES, no clipping": replace(base, clip=1e9),
+        "truncated ES, no clipping": replace(
+            base, estimator=replace(pes, accumulate=False), clip=1e9
+        ),
         "truncated back-propagation, no clipping": replace(truncated, clip=1e9),
     }.items():
         yield f"{name}/0", work
