@@ -410,9 +410,9 @@ def state_matrix(method, s, betas):
         elif method == "nesterov":
             y = x + betas[0] * (x - memory[0])
             columns.append([y - s * y, x])
-        elif method == "ema":  # memory: the averaged gradient, in units of lambda
-            m = betas[0] * memory[0] + (1 - betas[0]) * x
-            columns.append([x - s * m, m])
+        elif method == "ema":  # memory: averages of gradients, in units of lambda
+            m = [b * m + (1 - b) * x for b, m in zip(betas, memory, strict=True)]
+            columns.append([x - s * sum(m) / len(m), *m])
         else:  # aggmo, memory: velocities in units of lambda
             v = [b * m - x for b, m in zip(betas, memory, strict=True)]
             columns.append([x + s * sum(v) / len(v), *v])
@@ -422,6 +422,7 @@ def state_matrix(method, s, betas):
 METHODS = [
     ("polyak", (0.9,)),
     ("ema", (0.9,)),
+    ("ema", (0.9, 0.99, 0.999)),
     ("nesterov", (0.9,)),
     ("polyak", (0.0,)),
     ("aggmo", (0.5,)),

@@ -309,7 +309,7 @@ def _betas(method: str, betas: float | Sequence[float]) -> list[float]:
     values = [betas] if isinstance(betas, int | float) else list(betas)
     if not values or any(not 0.0 <= beta < 1.0 for beta in values):
         raise ValueError(f"every beta must lie in [0, 1), got {betas}")
-    if method != "aggmo" and len(values) != 1:
+    if method not in ("aggmo", "ema") and len(values) != 1:
         raise ValueError(f"{method} takes one beta, got {len(values)}")
     return values
 
@@ -320,10 +320,11 @@ def momentum_polynomial(
     """Return the characteristic polynomial [..., K + 2] of one mode.
 
     The leading coefficient comes first. `step` is s = alpha lambda, K the number of
-    betas (more than one for AggMo only):
+    betas (more than one for AggMo and EMA only):
 
     - polyak    x+ = x - alpha g(x) + beta (x - x_):     z^2 - (1+beta-s) z + beta
-    - ema       polyak with s (1 - beta) in place of s
+    - ema       aggmo with v_i = beta_i v_i - (1-beta_i) g: averages of gradients, as
+      in Adam, and for several betas STAR's nominal term without its division
     - nesterov  x+ = y - alpha g(y), y = x + beta (x - x_):
       z^2 - (1+beta)(1-s) z + beta (1-s)
     - aggmo     v_i = beta_i v_i - g, x+ = x + (alpha/K) sum_i v_i:
@@ -335,8 +336,6 @@ def momentum_polynomial(
     if method == "nesterov":
         beta = values[0]
         return torch.stack([one, -(1 + beta) * (1 - s), beta * (1 - s)], dim=-1)
-    if method == "ema":
-        s = s * (1 - values[0])
 
     def product(roots: list[float]) -> list[float]:
         coefficients = [1.0]
@@ -347,7 +346,11 @@ def momentum_polynomial(
             coefficients = shifted
         return coefficients
 
-    others = [product(values[:i] + values[i + 1 :]) for i in range(len(values))]
+    weights = [1 - v if method == "ema" else 1.0 for v in values]
+    others = [
+        [w * c for c in product(values[:i] + values[i + 1 :])]
+        for i, w in enumerate(weights)
+    ]
     feedback = [0.0, *(sum(c) / len(values) for c in zip(*others, strict=True)), 0.0]
     return torch.stack(
         [
@@ -374,16 +377,15 @@ def jury_stable(coefficients: Tensor) -> Tensor:
 def momentum_limit(method: str, betas: float | Sequence[float]) -> float:
     """Return the s = alpha lambda below which a mode is stable (0 < s < limit).
 
-    Polyak 2 (1+beta), EMA 2 (1+beta)/(1-beta), Nesterov 2 (1+beta)/(1+2 beta), AggMo
-    twice the harmonic mean of 1 + beta_i. Plain gradient descent (beta = 0) has 2.
+    Polyak 2 (1+beta), Nesterov 2 (1+beta)/(1+2 beta), AggMo and EMA twice the harmonic
+    mean of 1 + beta_i and of (1+beta_i)/(1-beta_i). Gradient descent (beta = 0) has 2.
     """
     values = _betas(method, betas)
     beta = values[0]
     if method == "nesterov":
         return 2 * (1 + beta) / (1 + 2 * beta)
-    if method == "ema":
-        return 2 * (1 + beta) / (1 - beta)
-    return 2 * len(values) / sum(1 / (1 + beta) for beta in values)
+    loads = [(1 - v if method == "ema" else 1.0) / (1 + v) for v in values]
+    return 2 * len(values) / sum(loads)
 
 
 def momentum_variance(
