@@ -54,6 +54,7 @@ from l2olib.claims.kinds import (
     TimesSlower,
     Unbiased,
     Wins,
+    WorseStart,
     ending,
     holm,
     sign_flip,
@@ -458,6 +459,25 @@ def objectives(early: float, late: float, selected: float, seeds: int = 6):
     }
 
 
+def released(factor: float, seeds: int = 6):
+    """Losses 8, 4, 2, 1 at four marks; from each an optimizer gets to a share of it."""
+    loss = torch.tensor([8.0, 4.0, 2.0, 1.0]).expand(seeds, 4)
+    noise = 1 + 0.01 * torch.arange(seeds)[:, None]
+    marks = torch.tensor([10, 100, 1_000, 10_000])
+    return {"marks": marks, "full_loss": loss, "released": 0.1 * factor * loss * noise}
+
+
+def test_a_start_is_compared_with_one_of_equal_loss():
+    """Between the reference's marks, and only at losses that it passes through."""
+    a, b = released(3.0), released(1.0)
+    a["full_loss"] = torch.tensor([9.0, 3.0, 2.0, 0.5]).expand(6, 4)
+    a["released"] = 0.3 * a["full_loss"]
+    found = WorseStart("f", "A", "B", (0, 10_000))({"A": a, "B": b})
+    assert found.passed and found.measured.startswith("loss after 2.93 times that from")
+    with pytest.raises(NotTestable, match="does not pass through these losses"):
+        WorseStart("f", "A", "B", (0, 10))({"A": a, "B": b})
+
+
 def test_better_trained():
     curves = {"A": objectives(1.0, 0.6, 0.5), "B": objectives(1.5, 0.4, 0.51)}
     for iterations, better in ((64, "A"), (1_000, "B"), (None, "A"), (100, "A")):
@@ -771,6 +791,14 @@ def test_swapped_labels_flip_the_verdict():
         one = claim(BetterTrained("f", "A", "B", iterations, margin=0.02))
         assert verdict_of(one, trained).verdict == "reproduced"
         assert verdict_of(one, swapped).verdict == "not reproduced"
+    starts = {"A": released(2.0), "B": released(1.0)}
+    swapped = {"A": starts["B"], "B": starts["A"]}
+    worse = claim(WorseStart("f", "A", "B", (0, 1_000)))
+    better = claim(WorseStart("f", "A", "B", (0, 1_000), worse=False))
+    assert verdict_of(worse, starts).verdict == "reproduced"
+    assert verdict_of(worse, swapped).verdict == "not reproduced"
+    assert verdict_of(better, starts).verdict == "not reproduced"
+    assert verdict_of(better, swapped).verdict == "reproduced"
     means = {"A, 1": 3.0, "A, 2": 1.0, "B, 1": 2.0, "B, 2": 4.0}
     forms = {
         name: {"rollouts": torch.tensor([0]), "objective": mean + torch.zeros(6, 1)}

@@ -26,6 +26,7 @@ from l2olib.optimizers import SGD, Adam, PowerDecay, constant
 from l2olib.records import RecordError
 from l2olib.train import (
     Alone,
+    Released,
     Training,
     Unfinished,
     compiled,
@@ -367,6 +368,32 @@ def test_audits_are_true_losses_of_the_last_decision(toy_data):
         assert torch.allclose(audit, arrays[theirs][:, columns], rtol=1e-6)
 
 
+def test_an_optimizer_released_from_its_own_run_repeats_it(toy_data):
+    """SGD has no memory but its clock: 20 steps on it is where its run is then."""
+    sgd = SGD(PowerDecay(0.5, 10.0))
+    config = Released.of(
+        work(Alone(sgd), evaluations=40, seeds=(1,)), after=sgd, ahead=20
+    )
+    arrays, _ = drive(config.job("cpu", False, {"optimizer": {}}))
+    assert arrays["marks"].tolist() == [10, 20, 30, 40]
+    own, after = arrays["full_loss"][0], arrays["released"][0]
+    assert torch.equal(after[:2], own[2:]) and (after[2:] < own[2:]).all()
+
+
+def test_a_released_run_resumes_to_the_same_bits(toy_data, tmp_path, monkeypatch):
+    def job():
+        method = LGL2O(SMALL, GD, n_t=5, n_c=2)
+        config = Released.of(work(method), after=GD, ahead=10)
+        return config.job("cpu", False, metas_of(method))
+
+    whole, _ = drive(job())
+    with pytest.raises(Unfinished):
+        drive(job(), checkpoint=tmp_path / "c", time_limit=1e-9)
+    again, _ = drive(job(), checkpoint=tmp_path / "c")
+    assert torch.equal(whole["released"], again["released"])
+    assert whole["released"].isfinite().all()
+
+
 def test_no_audit_when_none_is_asked_for(toy_data):
     arrays = outcome(work(METHODS["guard"], audit_every=0))
     assert not [name for name in arrays if name.startswith("audit")]
@@ -424,6 +451,11 @@ def test_methods_are_paired(toy_data):
 def test_impossible_runs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         work(METHODS["guard"], **changes)
+
+
+def test_a_release_is_whole_segments():
+    with pytest.raises(ValueError, match="multiple of the segment, 10, not 15"):
+        Released.of(work(METHODS["alone"]), after=GD, ahead=15)
 
 
 def test_a_learned_optimizer_needs_weights(toy_data):

@@ -12,7 +12,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -561,6 +561,78 @@ class TrainingJob:
         for name, value in vars(cost).items():
             arrays[name] = torch.tensor([value], dtype=torch.float64)
         return arrays
+
+
+@dataclass(frozen=True)
+class Released(Training):
+    """A training that asks, at every mark, what its point is worth as a start.
+
+    ``after``, an optimizer without weights, goes on alone from there: ``ahead`` steps
+    from a fresh state, its schedule at the step of the mark, on the batches that come
+    next. The record also holds the full losses where it ends: ``released [R, marks]``.
+    """
+
+    after: Any = None
+    ahead: int = 300
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ahead < 1 or self.ahead % self.segment:
+            raise ValueError(
+                f"ahead must be a positive multiple of the segment, {self.segment}, "
+                f"not {self.ahead}"
+            )
+
+    @classmethod
+    def of(cls, training: Training, **changes: Any) -> Released:
+        """The same training with these questions."""
+        same = {f.name: getattr(training, f.name) for f in fields(Training)}
+        return cls(**same | changes)
+
+    def job(self, device: str, compile: bool, metas: Metas) -> Job:
+        return ReleasedJob(self, metas, device, compile)
+
+
+@dataclass
+class ReleasedJob(TrainingJob):
+    """The resumable computation of a :class:`Released`."""
+
+    config: Released
+
+    def start(self) -> State:
+        blank = torch.full((self.config.replicas, len(self.config.marks)), torch.nan)
+        return super().start() | {"released": blank}
+
+    @torch.no_grad()
+    def advance(self, state: State) -> State:
+        state = super().advance(state)
+        c, end = self.config, int(state["step"])
+        if end not in c.marks:
+            return state
+        alone = Alone(c.after)
+
+        def piece(inner: State, batches: Tensor) -> State:
+            metas: Metas = {"optimizer": {}}
+            return alone.segment(self.task, metas, inner, batches, None)[0]
+
+        inner = torch.func.vmap(alone.init)(state["method"]["params"])
+        inner["optimizer"]["step"].fill_(end)
+        for first in range(end, end + c.ahead, c.segment):
+            batches = [
+                train_indices(
+                    self.task.items, c.batch, seed, first, c.segment,
+                    device=self.device,
+                )
+                for seed in c.group
+            ]  # fmt: skip
+            inner = torch.func.vmap(piece)(inner, torch.stack(batches))
+        found = self.looks["full_loss"](inner["params"]).cpu()
+        state["released"][:, c.marks.index(end)] = found
+        return state
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        keep = [seed - self.config.group[0] for seed in self.config.seeds]
+        return super().finish(state) | {"released": state["released"][keep]}
 
 
 def shares(use: Tensor, ends: Tensor) -> Trace:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -627,6 +628,52 @@ class BetterTrained:
         when = "in the end" if self.iterations is None else (
             f"after {self.iterations:,} iterations")  # fmt: skip
         return f"meta-objective of {self.method} {verb} {self.reference}, {when}"
+
+
+@dataclass(frozen=True)
+class WorseStart:
+    """Points of ``method`` are worse starts than points of ``reference`` as low.
+
+    What the same optimizer alone makes of them (:class:`l2olib.train.Released`): at the
+    marks in the window, the logarithm of the loss where it ends, less that where it
+    ends from the reference's point of equal loss, interpolated along its seed's run
+    (both logarithmic). The mean over marks is above zero, or below (``worse=False``);
+    paired by seed, one-sided sign-flip test. A mark whose loss the reference does not
+    pass through is left out; a seed needs one.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    window: Window
+    worse: bool = True
+
+    def __call__(self, curves: Curves) -> Outcome:
+        a, b = (_method(curves, name) for name in (self.method, self.reference))
+        inside = (a["marks"] > self.window[0]) & (a["marks"] <= self.window[1])
+        gaps = []
+        for now, then, seen, ends in zip(
+            a["full_loss"][:, inside], a["released"][:, inside], b["full_loss"],
+            b["released"], strict=True,
+        ):  # fmt: skip
+            order = seen.argsort()
+            x, y = (v[order].double().log().numpy() for v in (seen, ends))
+            at = now.double().log()
+            known = (at >= x[0]) & (at <= x[-1])
+            if not known.any():
+                raise NotTestable("the reference does not pass through these losses")
+            expected = torch.from_numpy(np.interp(at[known].numpy(), x, y))
+            gaps.append((then[known].double().log() - expected).mean())
+        gap = torch.stack(gaps)
+        text = f"loss after {gap.mean().exp():.3g} times that from an equal loss"
+        return _below_zero(-gap if self.worse else gap, text)
+
+    def __str__(self) -> str:
+        kind = "worse" if self.worse else "better"
+        return (
+            f"points of {self.method} are {kind} starts than points of "
+            f"{self.reference} as low, {_steps(self.window)}"
+        )
 
 
 @dataclass(frozen=True)

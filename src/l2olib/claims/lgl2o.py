@@ -21,6 +21,7 @@ from .kinds import (
     Stuck,
     Switching,
     Window,
+    WorseStart,
 )
 from .verdicts import Claim
 
@@ -382,6 +383,17 @@ ROWS: tuple[Claim, ...] = (
             Lower(_CONVEX, "GD", "L2O", _SHORT, by=0.02),
             *(BarFalls(_CONVEX, f"GL2O {rule}") for rule in _RULES),
             *(NotWorse(_CONVEX, f"GL2O {rule}", "GD", _SHORT) for rule in _RULES),
+        ),
+    ),
+    Claim(
+        "N19",
+        _GUARD,
+        "ours",
+        "LGL2O rises on MNIST because it is led to places from which its fallback "
+        "alone is slow, too (saturation)",
+        tuple(
+            WorseStart("ours.released", "LGL2O", "SGD", window)
+            for window in ((300, 1_000), (1_000, 3_000))
         ),
     ),
     Claim(

@@ -25,7 +25,7 @@ from ..learned.lstm import LSTMOptimizer
 from ..metatrain.truncated import LearningCurve, MetaTraining
 from ..optimizees import ACTIVATIONS, MLP, conv3, conv5
 from ..optimizers import SGD, Adam, PowerDecay, constant
-from ..train import Alone
+from ..train import Alone, Released
 from ..tuning import FIRST_SEED, Chosen, tuned
 from .runs import Experiment, ExperimentError, learned_roles, trainings
 
@@ -548,6 +548,25 @@ def _details(profile: str) -> Iterable[tuple[str, Any]]:
     return trainings(methods, L2O, **setting)
 
 
+RELEASED: dict[str, dict[str, Any]] = {
+    "smoke": {"steps": 100, "segment": 10, "evaluations": 4},
+    "laptop": {"steps": 3_000, "replicas": 8},
+    "paper": {"steps": 10_000},
+}
+
+
+def _released(profile: str) -> Iterable[tuple[str, Any]]:
+    """From where the methods of Fig. 3 are: the guards' fallback alone."""
+    figure = FIGURES["lgl2o.fig3"]
+    setting = figure.setting(profile) | RELEASED[profile]
+    methods = lgl2o_methods(**figure.options)
+    chosen = {name: methods[name] for name in ("LGL2O", "LGL2O reset", "SGD")}
+    ahead = 20 if profile == "smoke" else 300
+    for name, work in trainings(chosen, L2O, **setting):
+        after = methods["LGL2O"].fallback
+        yield name, Released.of(work, after=after, ahead=ahead)
+
+
 def settings(profile: str) -> str:
     """LGL2O's Table 1 and the tables of its App. D, from the table of experiments.
 
@@ -715,5 +734,11 @@ ENTRIES = [
         "MNIST, MLP: LGL2O over a fallback with the paper's other step size",
         "02-loss-guard",
         _details,
+    ),
+    Experiment(
+        "ours.released",
+        "MNIST, MLP: how far SGD alone gets from where LGL2O is",
+        "02-loss-guard",
+        _released,
     ),
 ]
