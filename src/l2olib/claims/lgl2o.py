@@ -349,6 +349,13 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "C3-diverges",
+        _RESIDUAL,
+        "ours, on C3: what it says to the letter",
+        "On Conv3 GL2O diverges",
+        (Diverges(_FIG6, "GL2O"), Diverges(_FIG7, "GL2O")),
+    ),
+    Claim(
         "C4",
         _RESIDUAL,
         "ours, on C3",
