@@ -92,31 +92,30 @@ def robustness() -> list[Settled]:
 
 
 def markdown(verdicts: Iterable[Verdict]) -> str:
-    """The ledger as a Markdown table: claim, verdict, and the tests with outcomes.
+    """The ledger as a Markdown list: verdict and claim, the tests with their outcomes.
 
     Tests that pass are folded behind their number where others do not. Where the tests
     of a row read several figures, each says which.
     """
-    lines = ["| claim | what is claimed | verdict | tests and what they found |",
-             "|---|---|---|---|"]  # fmt: skip
+    items = []
     for v in verdicts:
         waiting = Counter(o for _, o in v.findings if isinstance(o, str))
         passed, failed = (
             [f"{o.mark} {v.claim.name(t)}: {o}" for t, o in v.ran if o.mark == mark]
             for mark in "✓✗"
         )
-        cells = failed + [
+        rest = failed + [
             f"· {count} test{'s' * (count > 1)} not testable: {why}"
             for why, count in waiting.items()
         ]
-        if cells and len(passed) > 2:
+        if rest and len(passed) > 2:
             title = f"<summary>{len(passed)} tests pass</summary>"
             passed = [f"<details>{title}{'<br>'.join(passed)}</details>"]
-        verdict = f"**{v.verdict}**<br>{v.tally}" + "<br>*post hoc*" * v.post_hoc
-        source = f"{v.claim.statement} ({v.claim.source})"
-        found = "<br>".join(passed + cells)
-        lines.append(f"| {v.claim.id} | {source} | {verdict} | {found} |")
-    return "\n".join(lines) + (
-        f"\n\n*Detectable: the difference that these seeds, with their spread, would "
-        f"show at {ALPHA:g} with probability 0.8.*"
+        head = f"**{v.claim.id}: {v.verdict}** ({v.tally}{', *post hoc*' * v.post_hoc})"
+        found = "<br>".join(passed + rest)
+        items.append(f"{head}\n: {v.claim.statement} *({v.claim.source})*\n: {found}")
+    note = (
+        f"*Detectable: the difference that these seeds, with their spread, would show "
+        f"at {ALPHA:g} with probability 0.8.*"
     )
+    return "\n\n".join([*items, note])
