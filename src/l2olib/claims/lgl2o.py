@@ -404,6 +404,17 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "N19-digits",
+        _GUARD,
+        "ours, on N19; a run by hand had shown the outcome",
+        "On Digits, where the units saturate as well, the places are no worse",
+        (
+            WorseStart(
+                "ours.released", "digits, LGL2O", "digits, SGD", (300, 1_000), False
+            ),
+        ),
+    ),
+    Claim(
         "N1",
         _NOISE,
         "ours",

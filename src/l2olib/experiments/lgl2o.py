@@ -558,13 +558,18 @@ RELEASED: dict[str, dict[str, Any]] = {
 def _released(profile: str) -> Iterable[tuple[str, Any]]:
     """From where the methods of Fig. 3 are: the guards' fallback alone."""
     figure = FIGURES["lgl2o.fig3"]
-    setting = figure.setting(profile) | RELEASED[profile]
     methods = lgl2o_methods(**figure.options)
-    chosen = {name: methods[name] for name in ("LGL2O", "LGL2O reset", "SGD")}
+    whole = figure.setting(profile) | RELEASED[profile]
+    small = whole | figure.setting("smoke") | {"segment": 50, "steps": 1_000}
     ahead = 20 if profile == "smoke" else 300
-    for name, work in trainings(chosen, L2O, **setting):
-        after = methods["LGL2O"].fallback
-        yield name, Released.of(work, after=after, ahead=ahead)
+    for prefix, setting, names in (
+        ("", whole, ("LGL2O", "LGL2O reset", "SGD")),
+        ("digits, ", small, ("LGL2O", "SGD") if profile != "smoke" else ()),
+    ):
+        chosen = {f"{prefix}{name}": methods[name] for name in names}
+        for name, work in trainings(chosen, L2O, **setting):
+            after = methods["LGL2O"].fallback
+            yield name, Released.of(work, after=after, ahead=ahead)
 
 
 def settings(profile: str) -> str:
