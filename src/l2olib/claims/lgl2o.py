@@ -397,7 +397,7 @@ ROWS: tuple[Claim, ...] = (
         _GUARD,
         "ours",
         "LGL2O rises on MNIST because it is led to places from which its fallback "
-        "alone is slow, too (saturation)",
+        "alone is slow, too",
         tuple(
             WorseStart("ours.released", "LGL2O", "SGD", window)
             for window in ((300, 1_000), (1_000, 3_000))
