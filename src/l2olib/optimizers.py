@@ -185,15 +185,22 @@ class Adam(_HandCrafted):
         lr = self.lr(new["step"], grad.dtype)
         return -lr * m_hat / (v_hat.sqrt() + self.eps), new
 
+    def _averages(self, grad: Tensor, state: State) -> State:
+        """Advance the state."""
+        return {
+            "step": state["step"] + 1,
+            "count": state["count"] + 1,
+            "m": self.beta1 * state["m"] + (1 - self.beta1) * grad,
+            "v": self.beta2 * state["v"] + (1 - self.beta2) * grad * grad,
+        }
+
     def _moments(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Advance the state; return the bias-corrected moments and the new state."""
-        step, count = state["step"] + 1, state["count"] + 1
-        m = self.beta1 * state["m"] + (1 - self.beta1) * grad
-        v = self.beta2 * state["v"] + (1 - self.beta2) * grad * grad
-        t = count.to(grad.dtype)
-        m_hat = m / (1 - self.beta1**t)
-        v_hat = v / (1 - self.beta2**t)
-        return m_hat, v_hat, {"step": step, "count": count, "m": m, "v": v}
+        new = self._averages(grad, state)
+        t = new["count"].to(grad.dtype)
+        m_hat = new["m"] / (1 - self.beta1**t)
+        v_hat = new["v"] / (1 - self.beta2**t)
+        return m_hat, v_hat, new
 
 
 @dataclass(frozen=True)
@@ -248,7 +255,7 @@ class NAdamW(Adam):
         loss: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         grad = grad - self.l2 * params
-        _, _, new = self._moments(grad, state)
+        new = self._averages(grad, state)
         m, v, t = new["m"], new["v"], new["count"].to(grad.dtype)
         lr = self.lr(new["step"], grad.dtype)
         lr = lr * (1 - self.beta2**t).sqrt() / (1 - self.beta1**t)

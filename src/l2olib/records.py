@@ -261,7 +261,10 @@ def commit() -> str:
 
 
 def provenance(*, device: str, seconds: float, compiled: bool, **more: Any) -> dict:
-    """What a reader needs to judge or repeat a run; never part of the digest."""
+    """What a reader needs to judge or repeat a run; never part of the digest.
+
+    ``peak_bytes`` is the peak of the process so far, earlier runs of it included.
+    """
     name = platform.machine()
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
