@@ -11,8 +11,7 @@ and state together, the matrix of STAR's section 4 for the real thing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -115,12 +114,6 @@ class Linearised(Training):
     """
 
     size: int = 30
-
-    @classmethod
-    def of(cls, training: Training, **changes: Any) -> Linearised:
-        """The same training with a look at its stability."""
-        same = {f.name: getattr(training, f.name) for f in fields(Training)}
-        return cls(**same | changes)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -381,6 +381,12 @@ class Training:
                 f"not {self.seeds}"
             )
 
+    @classmethod
+    def of(cls, training: Training, **changes: Any) -> Self:
+        """The same training as one of this class, with what that adds."""
+        same = {f.name: getattr(training, f.name) for f in fields(Training)}
+        return cls(**same | changes)
+
     def job(self, device: str, compile: bool, metas: Metas) -> Job:
         return TrainingJob(self, metas, device, compile)
 
@@ -582,12 +588,6 @@ class Released(Training):
                 f"ahead must be a positive multiple of the segment, {self.segment}, "
                 f"not {self.ahead}"
             )
-
-    @classmethod
-    def of(cls, training: Training, **changes: Any) -> Released:
-        """The same training with these questions."""
-        same = {f.name: getattr(training, f.name) for f in fields(Training)}
-        return cls(**same | changes)
 
     def job(self, device: str, compile: bool, metas: Metas) -> Job:
         return ReleasedJob(self, metas, device, compile)
