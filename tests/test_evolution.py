@@ -31,6 +31,7 @@ from l2olib.metatrain.evolution import (
     over_pairs,
 )
 from l2olib.metatrain.truncated import (
+    TRAINING,
     VALIDATION,
     LearningCurve,
     LearningCurveJob,
@@ -673,7 +674,7 @@ def test_without_weights_every_seed_draws_an_optimizer(toy_data):
         params = NET.init(seed)
         state, losses = optimizer.init(params), []
         for idx in train_indices(64, 8, seed, 0, 6):
-            meta = optimizer.init_meta(seed)
+            meta = optimizer.init_meta(TRAINING + seed)  # not the network's stream
             params, state, loss = inner_steps(
                 task, optimizer, meta, params, state, idx[None]
             )
