@@ -380,7 +380,7 @@ def test_an_optimizer_released_from_its_own_run_repeats_it(toy_data):
     assert torch.equal(after[:2], own[2:]) and (after[2:] < own[2:]).all()
 
 
-def test_a_released_run_resumes_to_the_same_bits(toy_data, tmp_path, monkeypatch):
+def test_a_released_run_resumes_to_the_same_bits(toy_data, tmp_path):
     def job():
         method = LGL2O(SMALL, GD, n_t=5, n_c=2)
         config = Released.of(work(method), after=GD, ahead=10)

@@ -396,7 +396,7 @@ ROWS: tuple[Claim, ...] = (
         "N19",
         _GUARD,
         "ours",
-        "LGL2O rises on MNIST because it is led to places from which its fallback "
+        "Where LGL2O rises on MNIST it has been led to places from which its fallback "
         "alone is slow, too",
         tuple(
             WorseStart("ours.released", "LGL2O", "SGD", window)

@@ -341,7 +341,7 @@ def star_curve(
     profile: str, kind: str, variant: str, seed: int, seeds: int, stride: int
 ) -> LearningCurve:
     """The meta-objective of a meta-training on held-out starts of its optimizee."""
-    of = star_training(profile, variant, "conv" if kind == "conv" else "mlp")
+    of = star_training(profile, variant, kind if kind in NETWORKS else "mlp")
     name = star_weights(kind, variant, seed, profile)
     return LearningCurve(
         of.optimizer, of.optimizee, of.data, {"optimizer": name}, tuple(range(seeds)),
