@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2olib.data import train_indices, valid_indices
-from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Shadow, Switch
+from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Shadow
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -707,35 +707,6 @@ def test_a_clear_gain_passes_and_costs_few_batches():
     share, used = accepted(Sequential(3.0), -2.0, 1 / APART**2)
     assert share > 0.99
     assert used < 3
-
-
-# ---- a control -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("segment", [2, 10])
-def test_switch_is_one_optimizer_and_then_the_other(segment):
-    """The fallback starts afresh, at the right place of its schedule."""
-    task, at = blobs(), 4
-    late = SGD(PowerDecay(0.3, 5.0), momentum=0.9)
-    method = Switch(LSTM, late, at)
-    metas, idx = metas_of(method), batches(task, 10, 8)
-    state, losses = method.init(start_of(task)), []
-    for part in idx.split(segment):
-        state, trace = method.segment(task, metas, state, part, None)
-        losses += trace["loss"].tolist()
-    x, h, o = start_of(task), LSTM.init(start_of(task)), late.init(start_of(task))
-    o["step"] = torch.tensor(at)
-    for k, batch in enumerate(idx):
-        loss, g = task.loss_and_grad(x, batch)
-        assert losses[k] == pytest.approx(loss.item())
-        if k < at:
-            move, h = LSTM.update(metas["proposal"], g, h, x)
-        else:
-            move, o = late.update({}, g, o, x)
-        x = x + move
-    assert torch.allclose(state["params"], x, rtol=1e-12)
-    with pytest.raises(ValueError, match="^at must be at least 1, not 0"):
-        Switch(LSTM, GD, 0)
 
 
 # ---- the item numbers that a decision gets -------------------------------------------

@@ -19,7 +19,7 @@ from problems import SRC, Noise, Stateless, Step, make_toy_data, random_numbers 
 from l2olib import records, train
 from l2olib.data import DataError, find_root, load, train_indices, valid_indices
 from l2olib.experiments import L2O
-from l2olib.guards import LGL2O, Sequential, Shadow
+from l2olib.guards import LGL2O, Sequential, Shadow, Switch
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -80,6 +80,7 @@ METHODS = {
     "iid": LGL2O(Noise(0.1), GD, n_t=10, n_c=9, validation="iid"),
     "fixed": LGL2O(Noise(0.1), GD, n_t=5, n_c=2, validation="fixed"),
     "no state": LGL2O(Stateless(0.3), Stateless(0.5), n_t=2, n_c=2),
+    "switch": Switch(SMALL, SGD(PowerDecay(0.5, 10.0), 0.9), 25),
     "huge": LGL2O(Step(1e38), Step(-1e38), n_t=2, n_c=2),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -149,9 +150,10 @@ def test_a_segment_is_its_pieces(name, toy_data):
     job = work(method, steps=20, segment=20).job("cpu", False, metas_of(method))
     state = job.start()["method"]
     batches, held = job.batches(0)
+    torch.compiler.reset()
     with torch.no_grad():
         whole_state, whole = job.piece(state, batches, held)
-        after, trace = job.segment(state, batches, held)
+        after, trace = job.segment(0, state, batches, held)
         traced = torch.compile(job.piece, backend="eager", fullgraph=True)
         first = 10 // method.interval
         one = (batches[:, :10], None if held is None else held[:, :first])
@@ -173,6 +175,41 @@ def test_two_runs_have_one_digest(name, toy_data):
     assert first == second
     other = replace(config, seeds=(2, 3))
     assert content(other, outcome(other)) != first
+
+
+@pytest.mark.parametrize("at", [4, 10, 25, 40, 41])
+def test_switch_is_one_optimizer_and_then_the_other(at, toy_data):
+    """The fallback starts afresh, at the right place of its schedule."""
+    config = work(Switch(SMALL, SGD(PowerDecay(0.3, 5.0), momentum=0.9), at))
+    method, found = config.method, outcome(config)["loss"]
+    job = config.job("cpu", False, metas_of(method))
+    for row, seed in enumerate(config.group):
+        x = config.optimizee.init(seed)
+        opt, state = method.proposal, method.proposal.init(x)
+        for k in range(config.steps):
+            if k == at:
+                opt, state = method.fallback, method.fallback.init(x)
+                state["step"] = torch.tensor(at)
+            batch = job.batches(k // 10 * 10)[0][row, k % 10]
+            loss, g = job.task.loss_and_grad(x, batch)
+            assert found[row, k] == pytest.approx(loss.item(), rel=1e-4)
+            meta = job.metas["proposal" if k < at else "fallback"]
+            move, state = opt.update(meta, g, state, x)
+            x = x + move
+    with pytest.raises(ValueError, match="^at must be at least 1, not 0"):
+        Switch(SMALL, GD, 0)
+
+
+def test_after_the_switch_the_proposal_costs_nothing(toy_data, monkeypatch):
+    asked = []
+    update = LSTMOptimizer.update
+    monkeypatch.setattr(
+        LSTMOptimizer,
+        "update",
+        lambda self, *args, **more: asked.append(1) or update(self, *args, **more),
+    )
+    outcome(work(Switch(SMALL, GD, 14)))
+    assert len(asked) == 14
 
 
 # ---- checkpoints ---------------------------------------------------------------------

@@ -765,9 +765,15 @@ class Switch:
         return {"proposal": self.proposal, "fallback": self.fallback}
 
     def init(self, params: Tensor) -> State:
-        states = {role: opt.init(params) for role, opt in self.optimizers.items()}
-        taken = torch.zeros((), dtype=torch.int64, device=params.device)
-        return {"params": params, "taken": taken, **states}
+        """Start with the proposal: the state names the optimizer at work."""
+        return {"params": params, "proposal": self.proposal.init(params)}
+
+    def turn(self, state: State) -> State:
+        """What a training makes of the state at step ``at``."""
+        fresh = self.fallback.init(state["params"])
+        if "step" in fresh:
+            fresh["step"] = fresh["step"] + self.at
+        return {"params": state["params"], "fallback": fresh}
 
     def segment(
         self,
@@ -778,26 +784,16 @@ class Switch:
         valid: Tensor | None,
     ) -> tuple[State, Trace]:
         """Take ``len(train)`` steps; the trace holds the losses before each."""
-        losses = []
-        for batch in train:
-            x, early = state["params"], state["taken"] < self.at
-            loss, grad = task.loss_and_grad(x, batch)
-            moves, states = {}, {}
-            for role, optimizer in self.optimizers.items():
-                moves[role], states[role] = optimizer.update(
-                    metas[role], grad, state[role], x, loss=loss
-                )
-            waiting = self.fallback.init(x)
-            if "step" in waiting:
-                waiting["step"] = states["fallback"]["step"]
-            state = {
-                "params": x + torch.where(early, moves["proposal"], moves["fallback"]),
-                "taken": state["taken"] + 1,
-                "proposal": select(early, states["proposal"], state["proposal"]),
-                "fallback": select(early, waiting, states["fallback"]),
-            }
-            losses.append(loss)
-        return state, {"loss": torch.stack(losses)}
+        (role,) = state.keys() - {"params"}
+        params, inner, losses = inner_steps(
+            task,
+            self.optimizers[role],
+            metas[role],
+            state["params"],
+            state[role],
+            train,
+        )
+        return {"params": params, role: inner}, {"loss": losses}
 
     def cost(
         self, optimizee: Any, batch: int, items: int, accepted: float = 0.0

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -506,17 +507,24 @@ class TrainingJob:
         return torch.stack(found)
 
     def segment(
-        self, state: State, train: Tensor, valid: Tensor | None
+        self, start: int, state: State, train: Tensor, valid: Tensor | None
     ) -> tuple[State, Trace]:
-        """Take the steps of a segment, in pieces of a few decisions each."""
-        interval = self.config.method.interval
-        long = self.config.optimizee.layout.n > LARGE
-        decisions = 1 if long else max(1, PIECE // interval)
-        held_out = None if valid is None else valid.split(decisions, 1)
+        """Take the steps from ``start`` on, in pieces of a few decisions each.
+
+        A piece begins where a method turns (:class:`~l2olib.guards.Switch`).
+        """
+        method, total = self.config.method, train.shape[1]
+        turn = getattr(method, "at", -1) - start
+        small = self.config.optimizee.layout.n <= LARGE
+        width = method.interval * (max(1, PIECE // method.interval) if small else 1)
+        cuts = sorted({*range(0, total, width), total, *({turn} & {*range(total)})})
         traces = []
-        for k, batches in enumerate(train.split(decisions * interval, 1)):
-            part = None if held_out is None else held_out[k]
-            state, trace = self.piece(state, batches, part)
+        for first, end in pairwise(cuts):
+            if first == turn:
+                state = torch.func.vmap(method.turn)(state)
+            held = slice(first // method.interval, end // method.interval)
+            part = None if valid is None else valid[:, held]
+            state, trace = self.piece(state, train[:, first:end], part)
             traces.append(trace)
         last = {k: v for k, v in traces[-1].items() if k == "candidates"}
         series = [k for k in traces[-1] if k not in last]
@@ -527,7 +535,7 @@ class TrainingJob:
         c, start = self.config, int(state["step"])
         end = start + c.segment
         train, valid = self.batches(start)
-        method, trace = self.segment(state["method"], train, valid)
+        method, trace = self.segment(start, state["method"], train, valid)
         for name, values in state["trace"].items():
             width = trace[name].shape[1]
             at = start // c.segment * width
