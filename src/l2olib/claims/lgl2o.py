@@ -55,7 +55,8 @@ _FIG3, _FIG4, _FIG5 = "lgl2o.fig3", "lgl2o.fig4", "lgl2o.fig5"
 _ABLATIONS = "lgl2o.ablations"
 _CONV3 = "lgl2o.ablations-conv3"
 _FIG6, _FIG7, _FIG9 = "lgl2o.fig6", "lgl2o.fig7", "lgl2o.fig9"
-_FIG8, _ADAM, _MOMENTUM = "lgl2o.fig8", "lgl2o.adam", "lgl2o.momentum"
+_FIG8, _FIG10, _ADAM = "lgl2o.fig8", "lgl2o.fig10", "lgl2o.adam"
+_MOMENTUM = "lgl2o.momentum"
 _CONVEX, _FAILURES = "lgl2o.convex", "ours.guard_failures"
 _SHORT, _SECOND = (1_000, 2_000), ("lgl2o-lstm-1", "lgl2o-lstm-2")
 _RULES = (
@@ -310,6 +311,22 @@ ROWS: tuple[Claim, ...] = (
         (
             Lower(_MOMENTUM, "SGD+momentum 0.1", "SGD+momentum 1", _LATE, by=0.2),
             NotWorse(_MOMENTUM, "SGD+momentum 0.1", "SGD", _LATE),
+        ),
+    ),
+    Claim(
+        "B19",
+        _CONV,
+        "LGL2O Fig. 10",
+        "Tiny-ImageNet-50, Conv5: of a grid of rates and decays 0.01 and 50,000 are "
+        "the best for SGD",
+        tuple(
+            NotWorse(_FIG10, "SGD lr=0.01, tau=50000", f"SGD {other}", _SHORT)
+            for other in (
+                "lr=0.1, tau=50000",
+                "lr=1, tau=50000",
+                "lr=0.01, tau=10000",
+                "lr=0.01, tau=2000",
+            )
         ),
     ),
     Claim(
