@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from problems import SRC, Noise, Stateless, Step, make_toy_data, random_numbers  # noqa: F401
+from torch.utils._pytree import tree_map
 
 from l2olib import records, train
 from l2olib.data import DataError, find_root, load, train_indices, valid_indices
@@ -168,6 +171,99 @@ def test_a_segment_is_its_pieces(name, toy_data):
     )
 
 
+class Graph:
+    """What CUDA's graphs do, on the CPU: run again on the same memory."""
+
+    capturing = None
+
+    def __init__(self):
+        self.calls = []
+
+    def __enter__(self):
+        Graph.capturing = self
+
+    def __exit__(self, *error):
+        Graph.capturing = None
+
+    def replay(self):
+        for function, args, result in self.calls:
+            for old, new in zip(result, function(*args), strict=True):
+                old.copy_(new)
+
+
+def capturable(function):
+    def recorded(*args):
+        result = function(*args)
+        if Graph.capturing is not None:
+            Graph.capturing.calls.append((function, args, result))
+        return result
+
+    return recorded
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    for name in ("current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+
+
+def test_a_graph_reads_its_arguments_and_keeps_its_results(graphs):
+    """One graph for each shape; a result is not overwritten by the next call."""
+    calls = []
+
+    def function(x, more):
+        calls.append(len(x))
+        return x + 1, (x * 2 if more is None else x * more)
+
+    fast = train.Captured(capturable(function), "cuda")
+    xs = [torch.full((n,), float(v)) for n, v in ((2, 1), (2, 5), (3, 7), (2, 9))]
+    found = [fast(x, more) for x in xs for more in (None, torch.tensor(3.0))]
+    expected = [
+        (x + 1, x * (2 if more is None else 3)) for x in xs for more in (None, 3)
+    ]
+    torch.testing.assert_close(found, expected)
+    assert len(fast.graphs) == 4
+
+
+@pytest.mark.parametrize("broken", ["refuses", "differs"])
+def test_what_makes_no_graph_runs_as_it_is(broken, graphs):
+    def function(x):
+        if Graph.capturing is not None:
+            if broken == "refuses":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return (x,)
+        return (x + 1,)
+
+    fast = train.Captured(function, "cuda")
+    with pytest.warns(UserWarning, match="^no CUDA graph: (operation not|it computes)"):
+        found = [fast(torch.tensor([v]))[0].item() for v in (1.0, 2.0)]
+    assert found == [2.0, 3.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_method
+def test_a_graph_computes_what_eager_steps_do(name, toy_data):
+    """50 steps in float64 on a GPU, with and without graphs."""
+    method = METHODS[name]
+    job = work(method, steps=50, segment=50).job("cuda", False, metas_of(method))
+    job.metas = tree_map(torch.Tensor.double, job.metas)
+    start = tree_map(
+        lambda x: x.double() if x.is_floating_point() else x, job.start()["method"]
+    )
+    batches, held = job.batches(0)
+    with torch.no_grad():
+        fast = [job.segment(0, start, batches, held) for _ in range(2)]
+        assert job.piece.graphs
+        job.piece = job.piece.function
+        plain = job.segment(0, start, batches, held)
+    for found in fast:
+        torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
 @every_method
 def test_two_runs_have_one_digest(name, toy_data):
     config = work(METHODS[name])
@@ -262,6 +358,7 @@ def test_a_killed_run_ends_with_the_same_digest(tmp_path):
     script = """
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 from test_train import killed_work, metas_of
 from l2olib.train import drive
 config = killed_work()

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 from ..data import train_indices
 from ..optimizees import check_built_for
 from ..optimizers import AdamW, Optimizer, State, constant
-from ..train import OVERHEAD, RATE, compiled, inner_steps, ranks
+from ..train import OVERHEAD, RATE, accelerated, inner_steps, ranks
 from .truncated import TRAINING, MetaJob, MetaWork, cut
 
 Step = Callable[[Tensor, Tensor, State, Tensor], tuple[Tensor, Tensor, State]]
@@ -408,7 +408,7 @@ class EvolutionJob(MetaJob):
             )  # fmt: skip
             return self.meta_loss(losses[0]), params, state
 
-        self.step = compiled(over_pairs(step), self.compile)
+        self.step = accelerated(over_pairs(step), self.compile, self.device)
 
     def meta_loss(self, losses: Tensor) -> Tensor:
         return cut(losses, self.config.ceiling, self.task.data.classes)

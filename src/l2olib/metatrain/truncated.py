@@ -22,7 +22,7 @@ from ..data import load, train_indices
 from ..optimizees import Layout, Task, check_built_for
 from ..optimizers import Adam, Meta, Optimizer, State, constant
 from ..records import later
-from ..train import OVERHEAD, RATE, compiled, inner_steps
+from ..train import OVERHEAD, RATE, accelerated, compiled, inner_steps
 
 Order = Literal["first", "full"]
 
@@ -366,7 +366,7 @@ class LearningCurveJob:
             )  # fmt: skip
             return losses[0], params, state
 
-        self.step = compiled(torch.func.vmap(step), self.compile)
+        self.step = accelerated(torch.func.vmap(step), self.compile, self.device)
 
     def start(self) -> State:
         shape = len(self.config.seeds), len(self.metas)
