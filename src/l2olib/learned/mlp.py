@@ -105,7 +105,7 @@ def network(
     once, not once an element; so neither normalised nor repeated features are formed.
     """
     t = step.to(blocks[0].dtype)
-    time = torch.tanh(t / torch.tensor(HORIZONS, dtype=t.dtype, device=t.device) - 1)
+    time = torch.tanh(torch.stack([t / h for h in HORIZONS]) - 1)
     first: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = {}
     row = 0
     for block in blocks:
