@@ -347,7 +347,8 @@ def _fig10(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
         f"SGD lr={lr:g}, tau={tau:g}": Alone(SGD(PowerDecay(lr, tau)))
         for lr, tau in (FIG10[-2:] if profile == "smoke" else FIG10)
     }
-    return trainings(grid, L2O, **FIGURES["lgl2o.fig8"].setting(profile, seeds))
+    setting = FIGURES["lgl2o.fig8"].setting(profile, seeds)
+    return trainings(grid, L2O, **setting | {"evaluations": 2})
 
 
 TAUS = (2_000.0, 5_000.0, 10_000.0, 20_000.0, 50_000.0)
