@@ -185,8 +185,8 @@ class Captured:
     A step of a small network is hundreds of kernels of some microseconds, which Python
     takes longer to launch than they run. A graph is captured at the first call with
     arguments of a shape, and what it computes is compared with that call. A function
-    that cannot be captured, or differs, runs as it is, with a warning. It must change
-    none of its arguments, and no gradient flows through it.
+    that cannot be captured, or differs, runs as it is, with a warning; so does, without
+    one, a call with gradients on. It must change none of its arguments.
     """
 
     def __init__(self, function: Callable[..., Any], device: str) -> None:
@@ -194,7 +194,7 @@ class Captured:
         self.graphs: dict[Any, tuple[Any, list[Any], Any]] | None = {}
 
     def __call__(self, *args: Any) -> Any:
-        if self.graphs is None:
+        if self.graphs is None or torch.is_grad_enabled():
             return self.function(*args)
         given, form = tree_flatten(args)
         key = (form, *(x.shape if isinstance(x, Tensor) else x for x in given))
