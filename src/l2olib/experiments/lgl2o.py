@@ -210,6 +210,7 @@ CONV5 = {
 }
 
 _SMALL = {"batch": 32, "steps": 50, "seeds": 5, "replicas": 5, "audit_every": 1}
+_FEW = _SMALL | {"seeds": 1, "replicas": 1, "segment": 10}
 _PAPER = {"steps": 100_000, "seeds": 25, "replicas": 25}
 _TEN = {"steps": 100_000, "seeds": 10, "replicas": 10}
 
@@ -242,7 +243,7 @@ FIGURES: dict[str, Figure] = {
         "mnist",
         CONV3,
         {
-            "smoke": {**_SMALL, "data": "digits28", "seeds": 1, "replicas": 1},
+            "smoke": _FEW | {"data": "digits28", "steps": 20},
             "laptop": {"steps": 10_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
@@ -253,7 +254,7 @@ FIGURES: dict[str, Figure] = {
         "cifar10",
         CONV3,
         {
-            "smoke": {**_SMALL, "data": "digits28", "seeds": 1, "replicas": 1},
+            "smoke": _FEW | {"data": "digits28", "steps": 20},
             "laptop": {"steps": 10_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
@@ -264,9 +265,7 @@ FIGURES: dict[str, Figure] = {
         "tiny-imagenet-50",
         CONV5,
         {
-            "smoke": _SMALL
-            | {"data": "digits64", "seeds": 1, "replicas": 1}
-            | {"steps": 20, "segment": 10},
+            "smoke": _FEW | {"data": "digits64", "steps": 10},
             "laptop": {"steps": 2_000, "seeds": 5, "audit_every": 10},
             "paper": _PAPER,
         },
@@ -496,10 +495,13 @@ ABLATIONS_CONV3: dict[str, dict[str, Any]] = {
 
 
 def _ablations(
-    name: str, size: dict[str, dict[str, Any]], without: tuple[str, ...] = ()
+    name: str,
+    size: dict[str, dict[str, Any]],
+    without: tuple[str, ...] = (),
+    smoke: tuple[str, ...] = (),
 ) -> Callable[..., Iterable[tuple[str, Any]]]:
     """One factor at a time from a figure's LGL2O; batches ``iid`` where n_t or n_c is
-    too large for the others to avoid."""
+    too large for the others to avoid. ``smoke``: all that is left of it there."""
     figure = FIGURES[name]
     default = lgl2o_methods(**figure.options)["LGL2O"]
     rate = default.fallback.lr.lr0
@@ -526,7 +528,9 @@ def _ablations(
 
     def build(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
         setting = figure.setting(profile, seeds) | size[profile] | {"segment": 100}
-        return trainings(methods, L2O, **setting)
+        few = smoke if profile == "smoke" else ()
+        chosen = {k: m for k, m in methods.items() if k in (few or methods)}
+        return trainings(chosen, L2O, **setting)
 
     return build
 
@@ -733,7 +737,12 @@ ENTRIES = [
         "lgl2o.ablations-conv3",
         "MNIST, Conv3: the same, fewer things, shorter",
         "02c-one-at-a-time",
-        _ablations("lgl2o.fig6", ABLATIONS_CONV3, ("iid", "full loss", "power 1")),
+        _ablations(
+            "lgl2o.fig6",
+            ABLATIONS_CONV3,
+            ("iid", "full loss", "power 1"),
+            ("LGL2O", "n_t=100", "n_c=1", "reset", "SGD"),
+        ),
     ),
     Experiment(
         "lgl2o.details",
