@@ -625,6 +625,17 @@ ROWS: tuple[Claim, ...] = (
             NotWorse(_CONV3, "SGD", "n_t=1", _EARLY),
         ),
     ),
+    Claim(
+        "N20",
+        _CONV,
+        "ours, on B19",
+        "In 2,000 steps none of these rates gets SGD anywhere on Tiny-ImageNet-50, so "
+        "the grid chooses nothing",
+        tuple(
+            Stuck(_FIG10, f"SGD lr={lr}, tau=50000", _SHORT, _EARLY, 0.05)
+            for lr in ("0.01", "0.1", "1")
+        ),
+    ),
 )
 
 
