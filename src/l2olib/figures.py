@@ -206,12 +206,12 @@ def comparison(
 
     curves: arrays by method, as `experiments.curves` gives them. ``deciding`` is the
     guard whose share of accepted proposals is shown (1: all, 0: none); ``against`` one
-    of `AXES`. Of more than 200 recorded points every other one is drawn.
+    of `AXES`. Of more than 150 recorded points every other one is drawn.
     """
     _, (top, low) = figure(2, 1, height=2.7, sharex=True)
 
     def thin(x: Any, y: Any) -> tuple[Any, Any]:
-        every = 1 + (len(x) > 200)
+        every = 1 + (len(x) > 150)
         return x[::every], y[:, ::every]
 
     for name in methods:
