@@ -184,9 +184,9 @@ class Captured:
 
     A step of a small network is hundreds of kernels of some microseconds, which Python
     takes longer to launch than they run. A graph is captured at the first call with
-    arguments of a shape, and what it computes is compared with that call. A function
-    that cannot be captured, or differs, runs as it is, with a warning; so does, without
-    one, a call with gradients on. It must change none of its arguments.
+    arguments of these shapes and types, and its results are compared with that call's.
+    A function that cannot be captured, or differs, runs as it is, with a warning; so
+    does, without one, a call with gradients on. It must change none of its arguments.
     """
 
     def __init__(self, function: Callable[..., Any], device: str) -> None:
@@ -197,7 +197,7 @@ class Captured:
         if self.graphs is None or torch.is_grad_enabled():
             return self.function(*args)
         given, form = tree_flatten(args)
-        key = (form, *(x.shape if isinstance(x, Tensor) else x for x in given))
+        key = (form, *((x.shape, x.dtype) for x in given if isinstance(x, Tensor)))
         if key not in self.graphs:
             with torch.cuda.device(self.device):
                 return self._capture(key, given, form)
@@ -226,7 +226,7 @@ class Captured:
             if alike(plain, result):
                 self.graphs[key], why = (graph, held, result), ""
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
+            why = str(error).partition("\n")[0]
         if why:
             self.graphs = None
             warnings.warn(f"no CUDA graph: {why}", stacklevel=3)
@@ -270,7 +270,8 @@ class Method(Protocol):
     """One way to train: an optimizer alone, or a guard over two.
 
     Written for one replica, without reading tensors back to Python, so that ``vmap``
-    adds replicas and a segment can be compiled. ``interval`` divides a segment.
+    adds replicas and a segment can be compiled. ``interval`` divides a segment. Where a
+    method has a step ``at``, its ``turn(state)`` is the state from there on.
     """
 
     @property
