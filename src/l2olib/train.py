@@ -590,9 +590,10 @@ class TrainingJob:
         turn = getattr(method, "at", -1) - start
         small = self.config.optimizee.layout.n <= LARGE
         width = method.interval * (max(1, PIECE // method.interval) if small else 1)
-        cuts = sorted({*range(0, total, width), total, *({turn} & {*range(total)})})
-        traces = []
-        for first, end in pairwise(cuts):
+        cuts, traces = {*range(0, total, width), total}, []
+        if 0 < turn < total:
+            cuts.add(turn)
+        for first, end in pairwise(sorted(cuts)):
             if first == turn:
                 state = torch.func.vmap(method.turn)(state)
             held = slice(first // method.interval, end // method.interval)
