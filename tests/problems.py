@@ -75,7 +75,7 @@ class Step:
         return {}
 
     def init(self, params: Tensor) -> dict[str, Any]:
-        return {"count": torch.zeros((), dtype=torch.int64)}
+        return {"count": torch.zeros((), dtype=torch.int64, device=params.device)}
 
     def update(self, meta, grad, state, params, *, loss=None):
         new = {"count": state["count"] + 1}
@@ -90,7 +90,7 @@ class Noise(Step):
     """Add pseudo-random numbers of scale `value`, other ones at every step."""
 
     def update(self, meta, grad, state, params, *, loss=None):
-        k = torch.arange(len(params), dtype=params.dtype)
+        k = torch.arange(len(params), dtype=params.dtype, device=params.device)
         x = (12.9898 * k + 78.233 * (state["count"] + 1)).sin() * 43758.5453
         return self.value * (2 * (x - x.floor()) - 1), {"count": state["count"] + 1}
 

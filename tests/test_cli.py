@@ -79,6 +79,10 @@ def test_run_only_some_and_redo(toy_table, cli):
     assert cli("run", "toy.fig", "--only", "SGD/1")[1] == []
     assert len(cli("run", "toy.fig", "--only", "SGD/1", "--redo")[1]) == 2
     refused(cli("run", "toy.fig", "--only", "SDG*"), "no run matches 'SDG*'")
+    before = files(toy_table)
+    both = "--redo", "--time-limit", "8m"
+    refused(cli("run", "toy.fig", *both), "never ends under --time-limit")
+    assert files(toy_table) == before
 
 
 def test_list(toy_table, cli):
@@ -227,6 +231,8 @@ def test_damaged_weights(toy_table, cli):
     assert files(toy_table) == before
     status, out, _ = cli("list", "toy.fig")
     assert status == 0 and "2/6" in out[0]
+    states = [run.state() for run in experiments.find("toy.fig")[0].runs("laptop")]
+    assert sorted(set(states)) == ["damaged", "done"]
 
 
 def test_a_checkpoint_of_another_configuration(toy_table, cli):

@@ -641,6 +641,10 @@ def test_wrong_lazy_guards_are_refused():
         Lazy(LSTM, GD, n_t=1)
     with pytest.raises(ValueError, match="^decrease must be positive, not 0"):
         Lazy(LSTM, GD, decrease=0.0)
+    heavy = SGD(constant(0.1), momentum=0.9)
+    with pytest.raises(ValueError, match="set fallback_state to"):
+        Lazy(LSTM, heavy)
+    assert Lazy(LSTM, heavy, fallback_state="revert").fallback == heavy
 
 
 def test_wrong_tests_of_noise_are_refused():

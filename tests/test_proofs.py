@@ -83,18 +83,6 @@ def test_solution_must_be_the_exact_region() -> None:
             theorem().solution("t", "t", lt(4 * x**2, 1), x, wrong)
 
 
-def test_real_roots() -> None:
-    theorem().real_roots("t", "t", gt(x**3 + 2 * x**2, 0), x, (0, sp.oo), 2)
-    theorem().real_roots("t", "t", gt(x / (1 + x**2), 0), x, (0, 3), 1)
-    for low, roots in ((-1, 2), (0, 1)):
-        with pytest.raises(ProofError):
-            theorem().real_roots("t", "t", gt(x**3 + 2 * x**2, 0), x, (low, 9), roots)
-    with pytest.raises(ProofError, match="negative"):
-        theorem().real_roots("t", "t", lt(x**3 + 2 * x**2, 0), x, (0, 1), 2)
-    with pytest.raises(ProofError):  # a pole inside the interval
-        theorem().real_roots("t", "t", gt(x**2 / (x - 1), 0), x, (0, 3), 1)
-
-
 def test_extremum_is_attained_and_global() -> None:
     theorem().extremum("t", "t", le(a * (1 - a / 2), half), a, 1, 1)
     theorem().extremum("t", "t", ge(a + 1 / a, 2), a, 1, (a + 1) / a**2)
@@ -140,6 +128,10 @@ def test_measured() -> None:
     for value in (2.0, float("nan")):
         with pytest.raises(ProofError):
             theorem().measured("t", "t", "Ratio.", value, 1.0)
+    floor = theorem().measured("t", "t", "Loss.", 0.5, 1.0, floor=True)
+    assert "Proved floor 0.5, measured 1." in floor._repr_markdown_()
+    with pytest.raises(ProofError):
+        theorem().measured("t", "t", "Loss.", 2.0, 1.0, floor=True)
 
 
 def test_prose_is_never_shown_as_checked() -> None:
@@ -193,6 +185,15 @@ def test_proof_shows_each_step_once() -> None:
     t.identity("t", "Two", eq(added(x, x), 2 * x))
     assert "First." not in t.proof()._repr_markdown_()
     assert [s.name for s in t.steps] == ["One", "Two"]
+
+
+def test_what_is_said_beside_a_statement_that_holds() -> None:
+    """A slip is one of its proof only; what we paraphrase is not called printed."""
+    base = {"source": "LGL2O", "entry": 1, "label": "t", "printed": "P.", "slip": "S."}
+    holds = Theorem("T", verdict=HOLDS, corrected="C.", **base)._repr_markdown_()
+    assert "*A slip on the way.* S.\n\n*Remark.* C." in holds
+    fixed = Theorem("T", verdict=CORRECTED, corrected="C.", **base, paraphrase=True)
+    assert "*In our words.* P.\n\n*What is wrong.*" in fixed._repr_markdown_()
 
 
 @pytest.mark.parametrize(

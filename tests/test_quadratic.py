@@ -30,6 +30,7 @@ def arrays_of(work, **options):
 
 def test_a_run_is_that_of_the_model():
     problem = problem_of(HESSIAN)
+    assert problem.hessian.tolist() == [list(row) for row in HESSIAN]
     dynamics, phi = 0.5 * random_numbers(0, 3, 2, 2), random_numbers(1, 3, 2)
     minima = random_numbers(2, 8, 3, 2)
     path = problem.simulate(dynamics, phi, minima[:-1])

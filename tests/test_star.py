@@ -392,6 +392,20 @@ def test_what_is_constant_along_an_axis_saves_a_third_of_the_work():
     assert 96 <= work < 97  # 28 * 4 + 4 * 4 + 4 * 4 = 144 without
 
 
+@pytest.mark.parametrize("spike", [1e2, 1e6, 1e12])
+def test_a_decay_learned_to_zero_forgets_everything(spike):
+    """An offset of 0.75 clips the decay of squares to 0: r is the last square alone."""
+    optimizer = star(Layout({"v": (1,)}))
+    meta = optimizer.init_meta(0)
+    meta["rms_decays"] = torch.full_like(meta["rms_decays"], 0.75)
+    params = torch.ones(1)
+    state = optimizer.init(params)
+    for value in (spike, 1e-2):
+        grad = torch.tensor([value])
+        _, state = optimizer.update(meta, grad, state, params)
+    assert torch.equal(state["r"], grad.square())
+
+
 def test_the_learned_nominal_scale_multiplies_the_nominal_term():
     optimizer = replace(hyperparam(SMALL), learn_nominal=True)
     meta, params, state = middle(optimizer)
@@ -445,8 +459,9 @@ def test_mistakes_are_named():
             Training(other, "toy", Alone(star(MLP((2, 4)).layout)), 50, (0,))
     with pytest.raises(ValueError, match="built for 52 parameters, not 7"):
         star(SMALL).init(torch.zeros(7))
-    with pytest.raises(ValueError, match=r"hold must lie in \[0, 1\), not 1"):
-        CosineDecay(0.1, 10, hold=1.0)
+    for wrong in {"hold": 1.0}, {"warmup": -0.1}:
+        with pytest.raises(ValueError, match=r"^hold must lie in \[0, 1\) and warmup"):
+            CosineDecay(0.1, 10, **wrong)
 
 
 # ---- in training and in truncated meta-training --------------------------------------

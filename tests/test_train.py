@@ -17,15 +17,18 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from problems import SRC, Noise, Stateless, Step, make_toy_data, random_numbers  # noqa: F401
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from l2olib import records, train
 from l2olib.data import DataError, find_root, load, train_indices, valid_indices
 from l2olib.experiments import L2O
 from l2olib.guards import LGL2O, Sequential, Shadow, Switch
 from l2olib.learned.lstm import LSTMOptimizer
+from l2olib.learned.mlp import MomentumMLP, blackbox, hyperparam, star
 from l2olib.optimizees import MLP
-from l2olib.optimizers import SGD, Adam, PowerDecay, constant
+from l2olib.optimizers import SGD, Adam, NAdamW, PowerDecay, constant
 from l2olib.records import RecordError
 from l2olib.train import (
     Alone,
@@ -41,6 +44,7 @@ from l2olib.train import (
 
 LSTM = LSTMOptimizer()
 SMALL = LSTMOptimizer(hidden=4)
+TOY = MLP((2, 4, 2))
 GD = SGD(constant(0.5))
 WEIGHTS = find_root() / "data" / "optimizers" / f"{L2O}.safetensors"
 
@@ -61,9 +65,7 @@ def metas_of(method, lstm=None):
 
 
 def work(method, **changes) -> Training:
-    base = Training(
-        MLP((2, 4, 2)), "toy", method, 40, (0, 1), 2, 8, segment=10, audit_every=2
-    )
+    base = Training(TOY, "toy", method, 40, (0, 1), 2, 8, segment=10, audit_every=2)
     return replace(base, **changes)
 
 
@@ -84,6 +86,7 @@ METHODS = {
     "fixed": LGL2O(Noise(0.1), GD, n_t=5, n_c=2, validation="fixed"),
     "no state": LGL2O(Stateless(0.3), Stateless(0.5), n_t=2, n_c=2),
     "switch": Switch(SMALL, SGD(PowerDecay(0.5, 10.0), 0.9), 25),
+    "star": LGL2O(star(TOY.layout), GD, n_t=5, n_c=2),
     "huge": LGL2O(Step(1e38), Step(-1e38), n_t=2, n_c=2),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -247,6 +250,52 @@ def test_what_makes_no_graph_runs_as_it_is(broken, graphs):
     assert found == [2.0, 3.0]
 
 
+OPTIMIZERS = {
+    "LSTM": SMALL,
+    "SGD": SGD(PowerDecay(0.5, 10.0), 0.9),
+    "Adam": Adam(constant(0.1)),
+    "NAdamW": NAdamW(constant(0.1)),
+    "Blackbox": blackbox(TOY.layout),
+    "STAR": star(TOY.layout),
+    "Hyperparam": hyperparam(TOY.layout),
+    "MomentumMLP": MomentumMLP(TOY.layout),
+    "Noise": Noise(0.1),
+}
+
+
+class FromHost(TorchDispatchMode):
+    """Notes the operations that take tensors of the host to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        of, to = (
+            {x.device.type for x in tree_leaves(each) if isinstance(x, torch.Tensor)}
+            for each in ((args, kwargs), result)
+        )
+        if of == {"cpu"} and "cuda" in to:
+            self.noted.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_takes_nothing_from_the_host(name):
+    """Such a copy cannot be captured in a graph; fake tensors show it without a GPU."""
+    optimizer = OPTIMIZERS[name]
+    meta = optimizer.init_meta(0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FromHost() as from_host:
+        meta = {k: fake.from_tensor(v).to("cuda") for k, v in meta.items()}
+        assert bool(from_host.noted) == bool(meta)  # it does see them
+        params = torch.zeros(TOY.layout.n, device="cuda")
+        state = optimizer.init(params)
+        from_host.noted.clear()
+        step, _ = optimizer.update(meta, params, state, params, loss=params.sum())
+    assert step.device.type == "cuda" and not from_host.noted
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @every_method
 def test_a_graph_computes_what_eager_steps_do(name, toy_data):
@@ -344,12 +393,12 @@ def test_a_time_limit_stops_cleanly(name, limit, toy_data, tmp_path, monkeypatch
                 config.job("cpu", False, metas_of(config.method)),
                 key="k",
                 checkpoint=path,
-                time_limit=limit,
+                time_limit=limit if stops else 0.0,  # first before the first piece
                 save_every=1e9,
             )
             break
         except Unfinished as stop:
-            assert str(stop).startswith("stopped at")
+            assert str(stop).startswith("stopped at " if stops else "stopped at 0 of")
             stops += 1
             spent.append(records.read(path)[1]["seconds"])
     assert stops >= 1 and spent == sorted(spent) and seconds > spent[-1]
@@ -593,6 +642,9 @@ def test_impossible_runs_are_refused(changes, message):
 def test_a_release_is_whole_segments():
     with pytest.raises(ValueError, match="multiple of the segment, 10, not 15"):
         Released.of(work(METHODS["alone"]), after=GD, ahead=15)
+    for after in (None, LSTM):
+        with pytest.raises(ValueError, match="after must be an optimizer without"):
+            Released.of(work(METHODS["alone"]), after=after, ahead=10)
 
 
 def test_a_learned_optimizer_needs_weights(toy_data):

@@ -128,6 +128,11 @@ def run(args: argparse.Namespace) -> int:
         if first:
             print(text, flush=True)
 
+    if args.redo and args.time_limit is not None:
+        raise ExperimentError(
+            "--redo starts every run afresh and so never ends under --time-limit: use "
+            "one of the two"
+        )
     for item in todo:
         left = None
         if args.time_limit is not None:

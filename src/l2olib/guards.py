@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .optimizees import Task
 from .optimizers import Meta, Optimizer, State
@@ -28,19 +29,15 @@ Metas = dict[str, Meta]
 Memory = Literal["carry", "revert", "reset"]
 
 
-def select(condition: Tensor, a: Any, b: Any) -> Any:
+def select(condition: Any, a: Any, b: Any) -> Any:
     """Choose between two states (nested dicts of tensors) by a scalar condition."""
-    if isinstance(a, dict):
-        return {key: select(condition, a[key], b[key]) for key in a}
-    return torch.where(condition, a, b)
+    return tree_map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
-def finite(state: Any) -> Tensor:
-    """Whether every number of a state is finite (a scalar bool tensor)."""
-    if isinstance(state, dict):
-        leaves = [finite(v) for v in state.values()]
-        return torch.stack(leaves).all() if leaves else torch.tensor(True)
-    return state.isfinite().all()
+def finite(state: Any) -> Tensor | bool:
+    """Whether every number of a state is finite (a scalar bool; True of no numbers)."""
+    leaves = [x.isfinite().all() for x in tree_leaves(state)]
+    return torch.stack(leaves).all() if leaves else True
 
 
 # ---- tests of a noisy criterion ------------------------------------------------------
@@ -348,7 +345,7 @@ class LGL2O:
     def cost(
         self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
     ) -> Cost:
-        """Work of one inner step, averaged over a decision (see the residual guard)."""
+        """Work of one inner step, averaged over a decision."""
         evaluated = 2 * (items if self.validation == "full" else self.n_c * batch)
         n = optimizee.layout.n
         return Cost(
@@ -391,6 +388,12 @@ class Lazy(LGL2O):
             )
         if not self.decrease > 0:
             raise ValueError(f"decrease must be positive, not {self.decrease}")
+        memory = self.fallback.init(torch.zeros(1)).keys() - {"step"}
+        if memory and self.fallback_state == "keep":
+            raise ValueError(
+                "a lazy guard has no state of a fallback that it did not run: with a "
+                'fallback that has a memory set fallback_state to "revert" or "reset"'
+            )
 
     def bar(
         self,
@@ -402,7 +405,10 @@ class Lazy(LGL2O):
         z: Tensor,
         held_out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The losses at the current point, less the decrease that is asked for."""
+        """The losses at the current point, less the decrease that is asked for.
+
+        These are what the trace ``valid_fallback`` of a lazy guard shows.
+        """
         x, loss, grad = state["params"], *first
         step, _ = self.fallback.update(
             metas["fallback"], grad, state["fallback"], x, loss=loss

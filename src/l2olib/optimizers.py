@@ -87,8 +87,11 @@ class CosineDecay:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hold < 1:
-            raise ValueError(f"hold must lie in [0, 1), not {self.hold}")
+        if not (0 <= self.hold < 1 and 0 <= self.warmup <= 1):
+            raise ValueError(
+                "hold must lie in [0, 1) and warmup in [0, 1], not "
+                f"{self.hold} and {self.warmup}"
+            )
 
     def __call__(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         s = (t.to(dtype) - 1).clamp(max=self.steps)

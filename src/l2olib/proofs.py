@@ -359,47 +359,6 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class RealRoots:
-    """A polynomial inequality from all real roots, isolated by Sturm's method.
-
-    The relation must hold throughout the open interval, and the gap must have exactly
-    `roots` distinct real roots on the whole line and none inside the interval.
-    """
-
-    variable: sp.Symbol
-    low: sp.Expr
-    high: sp.Expr
-    roots: int
-
-    def verify(self, statement: sp.Basic) -> None:
-        numerator, denominator = sp.fraction(sp.together(_excess(statement)))
-        poly = sp.Poly(numerator, self.variable)
-        below = sp.Poly(denominator, self.variable)
-        _require(poly.count_roots() == self.roots, "another number of real roots")
-        for p in (poly, below):
-            edges = [e for e in (self.low, self.high) if e.is_finite]
-            on_edges = sum(p.eval(e) == 0 for e in edges)
-            inside = p.count_roots(self.low, self.high) - on_edges
-            _require(inside == 0, "a root inside the interval")
-        ends = (self.low, self.high)
-        if sp.oo in ends or -sp.oo in ends:
-            finite = [e for e in ends if e.is_finite]
-            anchor = finite[0] if finite else sp.Integer(0)
-            middle = anchor + (1 if self.high == sp.oo else -1)
-        else:
-            middle = (self.low + self.high) / 2
-        value = poly.eval(middle) / below.eval(middle)
-        _require(value > 0, f"negative at {middle}")
-
-    def how(self) -> str:
-        interval = _tex(sp.Interval.open(self.low, self.high))
-        return (
-            f"Sturm's method: {self.roots} distinct real roots in all, none in "
-            f"${interval}$, and the sign at a rational point"
-        )
-
-
-@dataclass(frozen=True)
 class Extremum:
     """f <= v (or >=) with equality at `at`, from the exact sign of the derivative.
 
@@ -599,7 +558,9 @@ class Theorem:
     verdict : one of HOLDS, CORRECTED, FALSE, NEW.
     printed : the claim as printed (Markdown with formulas); empty if NEW.
     corrected : what is right (Markdown with formulas); empty if HOLDS as printed.
-    slip : one line for the table of errata: what is wrong, or the counterexample.
+    slip : one line for the table of errata: what is wrong, or the counterexample; if
+        it HOLDS, what is wrong in its proof.
+    paraphrase : `printed` is in our words, because the paper's were not at hand.
 
     Raises ValueError for an unknown verdict or paper, or a missing text.
     """
@@ -612,6 +573,7 @@ class Theorem:
     printed: str = ""
     corrected: str = ""
     slip: str = ""
+    paraphrase: bool = False
     steps: list[Step] = field(default_factory=list)
     _shown: int = 0
 
@@ -678,21 +640,6 @@ class Theorem:
     ) -> Step:
         """Add a relation in one variable that holds exactly on the region."""
         certificate = Solution(variable, region, domain)
-        return self._add(Step(tag, name, "checked", statement, certificate, text))
-
-    def real_roots(
-        self,
-        tag: str,
-        name: str,
-        statement: Relational,
-        variable: sp.Symbol,
-        interval: tuple[object, object],
-        roots: int,
-        text: str = "",
-    ) -> Step:
-        """Add a polynomial inequality on an open interval, by Sturm's method."""
-        low, high = map(sp.sympify, interval)
-        certificate = RealRoots(variable, low, high, roots)
         return self._add(Step(tag, name, "checked", statement, certificate, text))
 
     def extremum(
@@ -768,15 +715,24 @@ class Theorem:
         return self._add(Step(tag, name, kind, statement, certificate, text))
 
     def measured(
-        self, tag: str, name: str, text: str, value: float, bound: float
+        self,
+        tag: str,
+        name: str,
+        text: str,
+        value: float,
+        bound: float,
+        *,
+        floor: bool = False,
     ) -> Step:
         """Add a simulated quantity that must not exceed its bound (3 digits shown).
 
-        Raises ProofError if it does, or if it is not a number.
+        With `floor` it is `value` that is proved, a lower bound of the simulated
+        `bound`. Raises ProofError if the bound is exceeded, or not a number.
         """
         if not value <= bound:
             raise ProofError(f"[{tag}] {name}: {value:.3g} exceeds {bound:.3g}")
-        shown = f"{text} Worst value {value:.3g}, bound {bound:.3g}."
+        words = ("Proved floor", "measured") if floor else ("Worst value", "bound")
+        shown = f"{text} {words[0]} {value:.3g}, {words[1]} {bound:.3g}."
         return self._add(Step(tag, name, "measured", text=shown))
 
     def proof(self) -> Proof:
@@ -788,11 +744,14 @@ class Theorem:
     def _repr_markdown_(self) -> str:
         lines = [f"**{self.name}** ({self.source}). *Verdict: {self.verdict}.*"]
         if self.printed:
-            lines.append(f"*As printed.* {self.printed}")
+            word = "In our words" if self.paraphrase else "As printed"
+            lines.append(f"*{word}.* {self.printed}")
         if self.slip:
-            lines.append(f"*What is wrong.* {self.slip}")
+            word = "A slip on the way" if self.verdict == HOLDS else "What is wrong"
+            lines.append(f"*{word}.* {self.slip}")
         if self.corrected:
-            word = "Statement" if self.verdict == NEW else "What is right"
+            right = {NEW: "Statement", HOLDS: "Remark"}
+            word = right.get(self.verdict, "What is right")
             lines.append(f"*{word}.* {self.corrected}")
         return "\n\n".join(lines)
 

@@ -41,6 +41,10 @@ class Missing(RecordError):
     """There is no such record."""
 
 
+class Stale(RecordError):
+    """The record belongs to another configuration."""
+
+
 # ---- what determines a result: objects -> plain JSON ---------------------------------
 
 
@@ -207,7 +211,7 @@ class Record:
             )
         if config is not None and canonical(config) != canonical(record.config):
             where = ", ".join(differences(record.config, config))
-            raise RecordError(
+            raise Stale(
                 f"{short(path)} belongs to another configuration (differs in {where}):"
                 " run the experiment again with python -m l2olib run"
             )

@@ -127,14 +127,16 @@ def drive(
 ) -> tuple[dict[str, Tensor], float]:
     """Run ``job`` to its end; return its arrays and the seconds it took in all.
 
-    These are seconds of processor time (a busy machine does not count against a run),
-    resumed pieces included, of the first rank if there are several.
+    On a CPU these are seconds of processor time (a busy machine does not count against
+    a run), on a GPU of the clock, resumed pieces included, of the first rank if there
+    are several.
 
     ``key`` names the configuration: a checkpoint of another one is refused with
     :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in seconds.
     """
     keep_memory()
-    began, worked, earlier = time.monotonic(), time.process_time(), 0.0
+    clock = time.monotonic if device.startswith("cuda") else time.process_time
+    began, worked, earlier = time.monotonic(), clock(), 0.0
     if checkpoint is not None and agreed(checkpoint.exists()):
         arrays, metadata = records.read(checkpoint, device)
         if metadata.get("key") != key:
@@ -147,7 +149,7 @@ def drive(
         state = job.start()
 
     def elapsed() -> float:
-        return earlier + time.process_time() - worked
+        return earlier + clock() - worked
 
     def save() -> None:
         if checkpoint is not None and ranks()[0] == 0:
@@ -160,7 +162,8 @@ def drive(
         if report is not None:
             report(done, total)
         if done >= total:
-            return job.finish(state), elapsed()
+            # of a resumed run all is on the device, of another one not all
+            return job.finish(tree_map(Tensor.cpu, state)), elapsed()
         late = time_limit is not None and time.monotonic() - began >= time_limit
         if agreed(late):
             save()
@@ -214,10 +217,11 @@ class Captured:
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):  # libraries set themselves up in a first call
+            # of the same strides as captured below, or a compiled function starts over
+            held = [x.clone() if isinstance(x, Tensor) else x for x in given]
             for _ in range(2):
-                plain = self.function(*tree_unflatten(given, form))
+                plain = self.function(*tree_unflatten(held, form))
         main.wait_stream(side)
-        held = [x.clone() if isinstance(x, Tensor) else x for x in given]
         graph, why = torch.cuda.CUDAGraph(), "it computes something else"
         try:
             with torch.cuda.graph(graph):
@@ -537,7 +541,9 @@ class TrainingJob:
             empty[name] = torch.full((r, decisions), torch.nan)
         state: State = {
             "step": torch.zeros((), dtype=torch.int64),
-            "method": torch.func.vmap(c.method.init)(params),
+            # vmap repeats counters without copying: with strides of their own a
+            # compiled piece would be compiled twice, as a view they cannot be saved
+            "method": tree_map(torch.clone, torch.func.vmap(c.method.init)(params)),
             "trace": empty,
             "looks": {n: torch.full((r, len(c.marks)), torch.nan) for n in self.looks},
         }
@@ -629,7 +635,6 @@ class TrainingJob:
 
     def finish(self, state: State) -> dict[str, Tensor]:
         c = self.config
-        state = tree_map(Tensor.cpu, state)  # all of a resumed one is on the device
         keep = [seed - c.group[0] for seed in c.seeds]
         arrays = summarize(state["trace"]["loss"][keep])
         if c.method.traces:
@@ -670,6 +675,8 @@ class Released(Training):
                 f"ahead must be a positive multiple of the segment, {self.segment}, "
                 f"not {self.ahead}"
             )
+        if self.after is None or self.after.init_meta(0):
+            raise ValueError("after must be an optimizer without weights, such as SGD")
 
     def job(self, device: str, compile: bool, metas: Metas) -> Job:
         return ReleasedJob(self, metas, device, compile)

@@ -108,20 +108,28 @@ class Run:
         return Record.load(self.path, self.config)
 
     def state(self) -> str:
-        """``done``, ``stale`` (another configuration), ``missing`` or ``needs ...``."""
+        """``done``, ``missing``, ``stale``, ``damaged`` or ``needs ...``.
+
+        Stale: of another configuration. Weights or a search that the run reads are
+        needed if they are missing or stale; if damaged, the run counts as damaged.
+        """
         try:
             config = self.config
-        except RecordError:
+        except (records.Missing, records.Stale):
             needs = {n.removesuffix(BEST) for n in self.work.weights.values()}
             if self.tuning is not None:
                 needs.add(f"{self.tuning.experiment} {self.tuning.name}")
             return "needs " + ", ".join(sorted(needs))
-        if not self.path.exists():
-            return "missing"
+        except RecordError:
+            return "damaged"
         try:
             Record.load(self.path, config)
-        except RecordError as error:
-            return "stale" if "another configuration" in str(error) else "damaged"
+        except records.Missing:
+            return "missing"
+        except records.Stale:
+            return "stale"
+        except RecordError:
+            return "damaged"
         return "done"
 
     def execute(

@@ -138,8 +138,13 @@ def joined(tensors: Iterable[Tensor], start: int) -> Tensor:
 
 
 def averaged(average: Tensor, value: Tensor, rate: Tensor) -> Tensor:
-    """Move running averages ``[K, ...]`` towards ``value [...]`` at ``rate [K]``."""
-    return average + rate.view(-1, *[1] * value.ndim) * (value - average)
+    """Move running averages ``[K, ...]`` towards ``value [...]`` at ``rate [K]``.
+
+    In the form that is exact at a rate of 1, which learned decays may reach: there
+    ``average + rate * (value - average)`` would keep the rounding of what it forgets.
+    """
+    rate = rate.view(-1, *[1] * value.ndim)
+    return (1 - rate) * average + rate * value
 
 
 # ---- Adafactor's rows and columns ----------------------------------------------------
@@ -298,8 +303,9 @@ class MLPOptimizer:
         found = {}
         for family, decays in DECAYS.items():
             offset = meta[f"{family}_decays"]
-            start = [math.log(1 - decay) for decay in decays]
-            rate = (offset.new_tensor(start) + 10 * offset).exp()
+            pairs = zip(decays, (10 * offset).unbind(), strict=True)
+            # no tensor from the host in a step: a GPU could not capture it
+            rate = torch.stack([math.log(1 - decay) + o for decay, o in pairs]).exp()
             found[family] = rate if family == "momentum" else rate.clamp(0, 1)
         return found
 
@@ -366,7 +372,7 @@ class MLPOptimizer:
                 scale = scale * (10 * meta["nominal_scale"]).exp()
             step = step + scale * direction
         if self.weight_decay:
-            shrink = torch.as_tensor(self.weight_decay, dtype=p.dtype, device=p.device)
+            shrink: float | Tensor = self.weight_decay
             if self.decay_controller:
                 shrink = shrink * (self.exp_mult[2] * heads[3]).exp()
             step = step + shrink * p
@@ -444,7 +450,7 @@ class MomentumMLP:
         *,
         loss: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        rate = 1 - grad.new_tensor(self.decays)
+        rate = torch.stack([1 - grad.new_full((), decay) for decay in self.decays])
         m = averaged(state["m"], grad, rate)
         layout, deltas = at_least_vectors(self.layout), []
         of = [layout.views(flat) for flat in (grad, params, m)]

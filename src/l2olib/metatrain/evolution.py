@@ -172,7 +172,9 @@ class PES(Online):
     perturbation of the restart alone: unbiased, as the paper of PES has it. ``"slot"``
     does what the reference code of STAR does: restarting takes the place of a step, and
     the last step of an unroll is credited like those after it, which biases the
-    estimate (by that step's part in the unroll, little at long horizons).
+    estimate (by that step's part in the unroll, little at long horizons). Where it
+    takes the place of a truncation's only step that pair's estimate is zero (in the
+    reference that of all pairs).
     ``accumulate=False`` forgets earlier perturbations: truncated ES, for comparison.
 
     The state has also ``noise [N, d]``, the sum of perturbations.

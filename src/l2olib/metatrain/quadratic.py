@@ -31,7 +31,8 @@ HESSIAN: Matrix = ((1.11, 0.596), (0.596, 0.486))
 
 def problem_of(hessian: Matrix) -> NoisyQuadratic:
     """The model with that Hessian and minima xi_t ~ N(0, I)."""
-    return NoisyQuadratic(torch.tensor(hessian).double(), torch.eye(len(hessian)))
+    exact = torch.tensor(hessian, dtype=torch.float64)
+    return NoisyQuadratic(exact, torch.eye(len(hessian)))
 
 
 def unroll_losses(
@@ -189,7 +190,7 @@ class GradientVarianceJob:
         self.problem = problem_of(c.hessian)
         n, last = self.problem.size, max(c.horizons)
         edge = 2 / self.problem.sharpness
-        self.alphas = edge * torch.linspace(0, 1, c.points).double()
+        self.alphas = edge * torch.linspace(0, 1, c.points, dtype=torch.float64)
         draws = torch.stack(
             [
                 torch.randn(last + 2 + n, n, generator=generator("variance", seed))
@@ -281,7 +282,7 @@ class GradientVarianceJob:
             predicted = (n * n + 2) * predicted + (n * n + 1) * size
         return {
             "horizons": torch.tensor(c.horizons),
-            "alphas": torch.linspace(0, 1, c.points).double(),
+            "alphas": torch.linspace(0, 1, c.points, dtype=torch.float64),
             "deviation": state["deviation"],
             "predicted": predicted,
         }

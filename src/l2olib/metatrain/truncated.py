@@ -83,9 +83,11 @@ def meta_gradient(
 
 
 def cut(losses: Tensor, ceiling: float | None, classes: int) -> Tensor:
-    """Cut losses off at ``ceiling`` times ln(classes), also where they are not finite.
+    """Cut losses off below 0 and above ``ceiling`` times ln(classes).
 
-    Normalised, in the words of STAR's reference code. None leaves them as they are.
+    Normalised, in the words of STAR's reference code. NaN becomes the ceiling (in the
+    reference for MLPs only; a NaN of its ConvNets makes the whole estimate zero). None
+    leaves losses as they are.
     """
     if ceiling is None:
         return losses
