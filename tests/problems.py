@@ -24,6 +24,21 @@ from l2olib.train import Alone
 SRC = str(Path(__file__).parents[1] / "src")
 
 
+class Clock:
+    """In place of a module's ``time``: each clock goes on a second when it is read."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        self.now, self.worked = start, 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def process_time(self) -> float:
+        self.worked += 1.0
+        return self.worked
+
+
 def random_numbers(seed: int, *shape: int) -> Tensor:
     """Draw standard normal float64 numbers."""
     gen = torch.Generator().manual_seed(seed)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from problems import SRC, make_toy_data, make_toy_table  # noqa: F401
+from problems import SRC, Clock, make_toy_data, make_toy_table  # noqa: F401
 
 from l2olib import data, experiments, records, train
 from l2olib.__main__ import duration, main
@@ -116,16 +116,6 @@ def test_a_time_limit_is_no_failure(toy_table, cli, monkeypatch):
     path = experiments.find("toy.fig")[0].runs("laptop")[2].path
     expected = Record.load(path).digest
     path.unlink()
-
-    class Clock:
-        now = 0.0
-
-        def monotonic(self):
-            Clock.now += 1.0
-            return Clock.now
-
-        def process_time(self):
-            return 0.0
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "time", Clock())

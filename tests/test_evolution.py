@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from problems import SRC, make_toy_data, random_numbers  # noqa: F401
+from problems import SRC, Clock, make_toy_data, random_numbers  # noqa: F401
 from test_star import GOLDEN, PRECISIONS
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2olib import records
+from l2olib import records, train
 from l2olib.data import train_indices
 from l2olib.experiments.star import ESTIMATORS, star_training
 from l2olib.learned.mlp import star
@@ -554,6 +554,7 @@ def test_ranks_share_the_pairs_and_change_nothing():
 COMMAND = """
 import os, sys
 import torch.distributed as dist
+from problems import Clock
 from test_evolution import distributed
 from l2olib import experiments, train
 from l2olib.__main__ import main
@@ -561,16 +562,8 @@ experiments.EXPERIMENTS["toy.ranks"] = experiments.Experiment(
     "toy.ranks", "A toy", "x", lambda profile: [("toy/0", distributed())]
 )
 
-class Clock:
-    "A limit of 4 s is reached after a few pieces; by the second rank's clock, at once."
-    now = 1e9 * int(os.environ["RANK"])
-    def monotonic(self):
-        Clock.now += 1.0
-        return Clock.now
-    def process_time(self):
-        return 0.0
-
-real, train.time = train.time, Clock()
+# A limit of 4 s is reached after a few pieces; by the second rank's clock, at once.
+real, train.time = train.time, Clock(1e9 * int(os.environ["RANK"]))
 assert main(["run", "toy.ranks", "--time-limit", "4s"]) == 0
 train.time = real
 assert main(["run", "toy.ranks"]) == 0
@@ -633,7 +626,7 @@ def test_back_propagation_is_the_slope_of_a_truncation(toy_data):
     assert found.loss.item() == pytest.approx(loss(meta).item(), rel=1e-12)
 
 
-def test_back_propagation_meta_trains_and_resumes(toy_data, tmp_path):
+def test_back_propagation_meta_trains_and_resumes(toy_data, tmp_path, monkeypatch):
     config = Evolution(
         LearnableSGD(0.01), NET, "toy", batch=8, iterations=60,
         estimator=BackPropagation(4, 10, 40, offset=40), meta_lr=0.1, validate_every=20,
@@ -641,8 +634,9 @@ def test_back_propagation_meta_trains_and_resumes(toy_data, tmp_path):
     arrays, _ = drive(config.job("cpu", False, {}))
     assert arrays["validation"].min() < arrays["validation"][0] - 0.05
     path = tmp_path / "x.checkpoint"
-    with pytest.raises(Unfinished):
-        drive(config.job("cpu", False, {}), checkpoint=path, key="k", time_limit=0.3)
+    monkeypatch.setattr(train, "time", Clock())
+    with pytest.raises(Unfinished, match="^stopped at [1-9]"):
+        drive(config.job("cpu", False, {}), checkpoint=path, key="k", time_limit=9.0)
     resumed, _ = drive(config.job("cpu", False, {}), checkpoint=path, key="k")
     assert all(torch.equal(arrays[k], resumed[k]) for k in arrays)
 

@@ -16,7 +16,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from problems import SRC, Noise, Stateless, Step, make_toy_data, random_numbers  # noqa: F401
+from problems import SRC, Clock, Noise, Stateless, Step, make_toy_data, random_numbers  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -250,6 +250,23 @@ def test_what_makes_no_graph_runs_as_it_is(broken, graphs):
     assert found == [2.0, 3.0]
 
 
+def test_a_piece_is_compiled_once(toy_data, monkeypatch):
+    """The first piece starts from tensors of the strides that later ones have."""
+    compilations, real = [], torch.compile
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: real(f, backend=backend, **options)
+    )
+    config = work(METHODS["guard"])
+    arrays, _ = drive(config.job("cpu", True, metas_of(config.method)))
+    assert len(compilations) == 1
+    torch.testing.assert_close(arrays["loss"], outcome(config)["loss"])
+
+
 OPTIMIZERS = {
     "LSTM": SMALL,
     "SGD": SGD(PowerDecay(0.5, 10.0), 0.9),
@@ -361,21 +378,6 @@ def test_after_the_switch_the_proposal_costs_nothing(toy_data, monkeypatch):
 
 
 # ---- checkpoints ---------------------------------------------------------------------
-
-
-class Clock:
-    """Two clocks, each of which advances one second each time it is read."""
-
-    def __init__(self) -> None:
-        self.now = self.worked = 0.0
-
-    def monotonic(self) -> float:
-        self.now += 1.0
-        return self.now
-
-    def process_time(self) -> float:
-        self.worked += 1.0
-        return self.worked
 
 
 @every_method
