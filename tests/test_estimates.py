@@ -93,6 +93,8 @@ def test_the_stationary_rate_is_a_minimum():
         meta_loss(PROBLEM, torch.tensor(best + d), 100, 10.0) for d in (-0.01, 0.01)
     ]
     assert meta_loss(PROBLEM, torch.tensor(best), 100, 10.0) < min(near)
+    with pytest.raises(ValueError, match="different signs"):
+        stationary(PROBLEM, -10.0, -8.0, 100, 10.0)
 
 
 def test_the_step_is_gradient_descent():

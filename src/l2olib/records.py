@@ -247,7 +247,7 @@ def source_digest() -> str:
 
 @cache
 def commit() -> str:
-    """The git commit (12 digits, ``+`` when the tree differs from it), or ``?``."""
+    """The git commit (12 digits, ``+`` when ``src`` differs from it), or ``?``."""
 
     def git(*args: str) -> str:
         return subprocess.run(

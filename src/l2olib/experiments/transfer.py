@@ -48,7 +48,7 @@ class GeneralizationTask:
 
 
 def _mlp(*hidden: int, activation: str = "relu", **options: Any) -> Build:
-    """An MLP that starts as STAR's tasks do; without ``classes``, an autoencoder."""
+    """An MLP that starts as STAR's tasks do; ``loss="reconstruction"``: autoencoder."""
 
     def build(image: tuple[int, int, int]) -> MLP:
         pixels = math.prod(image)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from ..learned.sgd import LearnableSGD
@@ -88,14 +89,11 @@ def meta_gradient(problem: NoisyQuadratic, theta: float, *rest: Any) -> float:
 
 
 def stationary(problem: NoisyQuadratic, low: float, high: float, *rest: Any) -> float:
-    """The theta in [low, high] at which :func:`meta_gradient` turns positive."""
-    for _ in range(40):
-        middle = (low + high) / 2
-        if meta_gradient(problem, middle, *rest) < 0:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    """The theta in [low, high] at which :func:`meta_gradient` vanishes.
+
+    ValueError if it has the same sign at both ends.
+    """
+    return brentq(lambda theta: meta_gradient(problem, theta, *rest), low, high)
 
 
 def starts(
