@@ -78,7 +78,10 @@ def test_run_only_some_and_redo(toy_table, cli):
     assert status == 0 and len(out) == 6
     assert cli("run", "toy.fig", "--only", "SGD/1")[1] == []
     assert len(cli("run", "toy.fig", "--only", "SGD/1", "--redo")[1]) == 2
-    refused(cli("run", "toy.fig", "--only", "SDG*"), "no run matches 'SDG*'")
+    refused(
+        cli("run", "toy.fig", "--only", "SDG*"),
+        "toy.fig has no run 'SDG*' at profile laptop",
+    )
     before = files(toy_table)
     both = "--redo", "--time-limit", "8m"
     refused(cli("run", "toy.fig", *both), "never ends under --time-limit")

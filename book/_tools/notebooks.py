@@ -10,6 +10,7 @@ file and a difference in git is a difference in content.
 
 import argparse
 import ast
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -181,12 +182,15 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
             raise NotebookError(
                 f"{path.stem} has no parameter {each}: it has {', '.join(known)}."
             )
-    output = SCRATCH / f"{path.stem}-{parameters['profile']}.ipynb"
+    given = [f"{k}={v}" for k, v in parameters.items() if k != "profile"]
+    named = "-".join([path.stem, str(parameters["profile"]), *given])
+    output = SCRATCH / f"{re.sub(r'[^-=.,a-zA-Z0-9]+', '_', named)}.ipynb"
+    partly = output.with_suffix(".part.ipynb")  # a failure leaves an earlier result
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
             path,
-            output,
+            partly,
             parameters,
             cwd=path.parent,
             extra_arguments=QUIET,
@@ -197,7 +201,7 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
         raise NotebookError(
             f"{path.stem} failed: {error.ename}: {error.evalue}"
         ) from None
-    return output
+    return partly.replace(output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -120,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     if not todo:
         raise ExperimentError(
-            f"no run matches {args.only!r}: see python -m l2olib list --runs"
+            f"{args.pattern} has no run {args.only!r} at profile {args.profile}: see "
+            "python -m l2olib list --runs"
         )
     first = ranks()[0] == 0
 

@@ -272,8 +272,8 @@ def find(pattern: str) -> list[Experiment]:
 def table() -> str:
     """All experiments as a Markdown table: recorded runs and cost at each profile.
 
-    The cost is the measured time where every run has its record, else an estimate for
-    one CPU core; a dash where there is no such profile.
+    The cost is the measured time where every run has its record, else an estimate, for
+    one CPU core, of what is left; a dash where there is no such profile.
     """
     lines = [
         "| experiment | what it shows | chapter | laptop | paper |",
@@ -286,13 +286,17 @@ def table() -> str:
                 cells.append("–")
                 continue
             runs = entry.runs(profile)
-            done = [run.load() for run in runs if run.state() == "done"]
+            done = [run for run in runs if run.state() == "done"]
+            spent = sum(run.load().provenance["seconds"] for run in done)
             if len(done) == len(runs):
-                spent = sum(r.provenance["seconds"] for r in done)
                 cells.append(f"recorded, {hours(spent)}")
-            else:
-                left = hours(sum(run.work.seconds() for run in runs))
-                cells.append(f"{len(done)} of {len(runs)} runs, about {left}")
+                continue
+            estimated = sum(run.work.seconds() for run in done)
+            left = sum(run.work.seconds() for run in runs) - estimated
+            left *= spent / estimated if done else 1.0
+            cells.append(
+                f"{len(done)} of {len(runs)} runs; the rest about {hours(left)}"
+            )
         chapter = f"{{doc}}`{entry.chapter}`"
         lines.append(
             f"| `{entry.id}` | {entry.title} | {chapter} | {' | '.join(cells)} |"
