@@ -9,6 +9,7 @@ import torch
 
 from l2olib import chapters
 
+FEW = chapters.optional(range(1, 6))
 POSITIVE = ("a positive number", lambda value: value > 0)
 
 
@@ -17,7 +18,12 @@ def test_allowed_values_pass_and_prepare_torch(profile: str) -> None:
     """Accept what is allowed; leave one thread and deterministic algorithms."""
     torch.use_deterministic_algorithms(False)
     chapters.begin(
-        profile, seeds=(3, range(1, 6)), data=("a", ["a", "b"]), rate=(0.1, POSITIVE)
+        profile,
+        seeds=(3, range(1, 6)),
+        few=(None, FEW),
+        more=(5, FEW),
+        data=("a", ["a", "b"]),
+        rate=(0.1, POSITIVE),
     )
     assert torch.get_num_threads() == 1
     assert torch.are_deterministic_algorithms_enabled()
@@ -31,6 +37,14 @@ def test_allowed_values_pass_and_prepare_torch(profile: str) -> None:
         (True, range(1, 6), "x = True is not allowed: use a whole number from 1 to 5."),
         (3.0, range(1, 6), "x = 3.0 is not allowed: use a whole number from 1 to 5."),
         ("3", range(1, 6), "x = '3' is not allowed: use a whole number from 1 to 5."),
+        *(
+            (
+                x,
+                chapters.optional(range(1, 6)),
+                f"x = {x} is not allowed: use None or a whole number from 1 to 5.",
+            )
+            for x in (0, True, 3.0)
+        ),
         (
             3,
             range(0, 9, 2),

@@ -187,8 +187,20 @@ def test_durations(text, seconds):
 
 
 def test_missing_weights(toy_table, cli):
-    refused(cli("run", "toy.fig"), "no weights toy-lstm", "meta-train them first")
-    assert files(toy_table) == {}
+    """What needs none is computed all the same."""
+    status, out, errors = cli("run", "toy.fig")
+    assert status == 2 and len(errors) == 1
+    assert "4 of these runs need records that are not there: run toy-lstm" in errors[0]
+    assert [line.split()[1] for line in out if "laptop" in line] == ["SGD/0", "SGD/1"]
+
+
+def test_what_a_run_needs_may_come_after_it(toy_table, cli, monkeypatch):
+    """One command computes all, in whatever order the table has it."""
+    backwards = dict(reversed(experiments.EXPERIMENTS.items()))
+    monkeypatch.setattr(experiments.runs, "EXPERIMENTS", backwards)
+    status, out, _ = cli("run", "toy.*")
+    assert status == 0 and "toy.train" in out[4] and len(out) == 14
+    assert cli("run", "toy.*") == (0, [], [])
 
 
 def test_weights_of_another_architecture(toy_table, cli):

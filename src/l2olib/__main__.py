@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, ExperimentError, RecordError) as error:
         print(f"l2olib: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"l2olib: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("l2olib: interrupted; the last checkpoint is kept", file=sys.stderr)
         return 130
@@ -134,29 +137,45 @@ def run(args: argparse.Namespace) -> int:
             "--redo starts every run afresh and so never ends under --time-limit: use "
             "one of the two"
         )
-    for item in todo:
-        left = None
-        if args.time_limit is not None:
-            left = agreed(args.time_limit - (time.monotonic() - began))
-            if left <= 0:
-                say("time limit reached; run the same command again to go on")
-                return 0
-        state = agreed(item.state())  # what the first rank wrote is there for all now
-        if not args.redo:
-            if state == "damaged":
-                item.load()  # raises: it is not for us to overwrite it unasked
-            if state == "done":
+    came = True
+    while todo and came:  # what a run needs may come after it in the table
+        came, waiting = False, list[Run]()
+        for item in todo:
+            left = None
+            if args.time_limit is not None:
+                left = agreed(args.time_limit - (time.monotonic() - began))
+                if left <= 0:
+                    say("time limit reached; run the same command again to go on")
+                    return 0
+            state = agreed(
+                item.state()
+            )  # what the first rank wrote is there for all now
+            if state.startswith("needs "):
+                waiting.append(item)
                 continue
-        say(f"{item.experiment} {item.name} ({item.profile})")
-        try:
-            record = execute(item, args, left)
-        except Unfinished as stop:
-            say(f"{stop}; run the same command again to go on")
-            return 0
-        if first:
-            record.save(item.path)
-            item.checkpoint.unlink(missing_ok=True)
-        say(f"    {record.digest[:12]}  {record.provenance['seconds']} s")
+            if not args.redo:
+                if state == "damaged":
+                    item.load()  # raises: it is not for us to overwrite it unasked
+                if state == "done":
+                    continue
+            say(f"{item.experiment} {item.name} ({item.profile})")
+            try:
+                record = execute(item, args, left)
+            except Unfinished as stop:
+                say(f"{stop}; run the same command again to go on")
+                return 0
+            if first:
+                record.save(item.path)
+                item.checkpoint.unlink(missing_ok=True)
+            say(f"    {record.digest[:12]}  {record.provenance['seconds']} s")
+            came = True
+        todo = waiting
+    if todo:
+        needs = sorted({item.state().removeprefix("needs ") for item in todo})
+        raise ExperimentError(
+            f"{len(todo)} of these runs need records that are not there: run "
+            f"{needs[0]}{' and others' * (len(needs) > 1)} first"
+        )
     return 0
 
 

@@ -10,6 +10,14 @@ Allowed = Collection[Any] | tuple[str, Callable[[Any], bool]]
 """Either the allowed values, or what they are in words and a test for them."""
 
 
+def optional(numbers: range) -> Allowed:
+    """None or one of these whole numbers, as a limit of :func:`begin`."""
+    return (
+        f"None or a whole number from {numbers[0]} to {numbers[-1]}",
+        lambda value: value is None or (type(value) is int and value in numbers),
+    )
+
+
 def begin(profile: str, **limits: tuple[Any, Allowed]) -> None:
     """Check every parameter of a chapter and prepare the process for it.
 

@@ -368,10 +368,12 @@ class Lazy(LGL2O):
     The proposal y must bring a sufficient decrease from the CURRENT point: accept iff
     F(y) < F(x) - ``decrease`` * d, where d is the decrease that ONE fallback step from
     x promises to first order. It is estimated without bias from two batches: the step
-    is made on the first, its product with the gradient taken on the second. With the
-    full loss, d = lr |grad f|^2 for gradient descent, and ``decrease`` = 1 - lr L / 2
-    gives each decision the proved rate of that one step (the book, "The lazy guard").
-    Otherwise x becomes z, the end of ``n_t`` fallback steps.
+    is made on the first, its product with the gradient taken on the second. Below zero
+    it counts as zero: where gradients are small beside their noise the guard asks for
+    more than is promised. With the full loss, d = lr |grad f|^2 for gradient descent,
+    and ``decrease`` = 1 - lr L / 2 gives each decision the proved rate of that one step
+    (the book, "The lazy guard"). Otherwise x becomes z, the end of ``n_t`` fallback
+    steps.
 
     Under ``vmap`` both branches are computed; the work that is counted is what a
     sequential program would do.

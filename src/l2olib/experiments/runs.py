@@ -51,7 +51,7 @@ class Run:
         """Where the record lies: meta-trained weights have a folder of their own."""
         data = find_root() / "data"
         if isinstance(self.work, MetaWork) and self.profile != "smoke":
-            return data / "optimizers" / f"{self.name}.safetensors"
+            return weights_path(self.name)
         return (
             data
             / "records"
@@ -116,8 +116,12 @@ class Run:
         try:
             config = self.config
         except (records.Missing, records.Stale):
-            needs = {n.removesuffix(BEST) for n in self.work.weights.values()}
-            if self.tuning is not None:
+            needs = {
+                name.removesuffix(BEST)
+                for name in self.work.weights.values()
+                if not weights_path(name).exists()
+            }
+            if self.tuning is not None and self.tuning.state() != "done":
                 needs.add(f"{self.tuning.experiment} {self.tuning.name}")
             return "needs " + ", ".join(sorted(needs))
         except RecordError:
@@ -183,11 +187,18 @@ BEST = "@best"
 snapshot nearest to the iteration of lowest validation, in place of its last iterate."""
 
 
+def weights_path(name: str) -> Path:
+    """Where the weights of that name lie, or will."""
+    return (
+        find_root() / "data" / "optimizers" / f"{name.removesuffix(BEST)}.safetensors"
+    )
+
+
 def load_weights(name: str) -> Record:
     """Read meta-trained weights ``data/optimizers/NAME.safetensors``."""
-    name = name.removesuffix(BEST)
-    path = find_root() / "data" / "optimizers" / f"{name}.safetensors"
+    path = weights_path(name)
     if not path.exists():
+        name = name.removesuffix(BEST)
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise records.Missing(
             f"there are no weights {name}: meta-train them first, or choose one of "
