@@ -214,6 +214,12 @@ def test_weights_of_another_architecture(toy_table, cli):
     assert files(toy_table) == before
 
 
+def test_a_folder_that_cannot_be_written(toy_table, cli):
+    (toy_table / "data").mkdir(exist_ok=True)
+    (toy_table / "data" / "records").write_text("a file in the place of the folder")
+    refused(cli("run", "toy.fig", "--only", "SGD/0"), "data/records")
+
+
 def test_a_damaged_record_is_not_overwritten(toy_table, cli):
     cli("run", "toy.*")
     run = experiments.find("toy.fig")[0].runs("laptop")[2]

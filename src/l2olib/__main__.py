@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, ExperimentError, RecordError) as error:
         print(f"l2olib: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"l2olib: {error.filename}: {error.strerror}", file=sys.stderr)
+    except OSError as error:  # such as a full disk: it names the file and the reason
+        print(f"l2olib: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("l2olib: interrupted; the last checkpoint is kept", file=sys.stderr)
@@ -147,9 +147,8 @@ def run(args: argparse.Namespace) -> int:
                 if left <= 0:
                     say("time limit reached; run the same command again to go on")
                     return 0
-            state = agreed(
-                item.state()
-            )  # what the first rank wrote is there for all now
+            # What the first rank wrote is there for all now.
+            state = agreed(item.state())
             if state.startswith("needs "):
                 waiting.append(item)
                 continue
