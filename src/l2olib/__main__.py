@@ -113,6 +113,11 @@ def list_(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Execute the runs that have no current record, within the time limit."""
+    if args.redo and args.time_limit is not None:
+        raise ExperimentError(
+            "--redo starts every run afresh and so never ends under --time-limit: use "
+            "one of the two"
+        )
     began = time.monotonic()
     todo: list[Run] = [
         run
@@ -132,49 +137,41 @@ def run(args: argparse.Namespace) -> int:
         if first:
             print(text, flush=True)
 
-    if args.redo and args.time_limit is not None:
-        raise ExperimentError(
-            "--redo starts every run afresh and so never ends under --time-limit: use "
-            "one of the two"
-        )
-    came = True
-    while todo and came:  # what a run needs may come after it in the table
-        came, waiting = False, list[Run]()
-        for item in todo:
-            left = None
-            if args.time_limit is not None:
-                left = agreed(args.time_limit - (time.monotonic() - began))
-                if left <= 0:
-                    say("time limit reached; run the same command again to go on")
-                    return 0
-            # What the first rank wrote is there for all now.
-            state = agreed(item.state())
-            if state.startswith("needs "):
-                waiting.append(item)
-                continue
-            if not args.redo:
-                if state == "damaged":
-                    item.load()  # raises: it is not for us to overwrite it unasked
-                if state == "done":
-                    continue
-            say(f"{item.experiment} {item.name} ({item.profile})")
-            try:
-                record = execute(item, args, left)
-            except Unfinished as stop:
-                say(f"{stop}; run the same command again to go on")
-                return 0
-            if first:
-                record.save(item.path)
-                item.checkpoint.unlink(missing_ok=True)
-            say(f"    {record.digest[:12]}  {record.provenance['seconds']} s")
-            came = True
-        todo = waiting
-    if todo:
-        needs = sorted({item.state().removeprefix("needs ") for item in todo})
-        raise ExperimentError(
-            f"{len(todo)} of these runs need records that are not there: run "
-            f"{needs[0]}{' and others' * (len(needs) > 1)} first"
-        )
+    def settled(item: Run) -> bool:
+        """Compute a run that has no record; False if what it needs has none either."""
+        left = None
+        if args.time_limit is not None:
+            left = agreed(args.time_limit - (time.monotonic() - began))
+            if left <= 0:
+                raise Unfinished("time limit reached")
+        state = agreed(item.state())  # what the first rank wrote is there for all now
+        if state.startswith("needs "):
+            return False
+        if not args.redo:
+            if state == "damaged":
+                item.load()  # raises: it is not for us to overwrite it unasked
+            if state == "done":
+                return True
+        say(f"{item.experiment} {item.name} ({item.profile})")
+        record = execute(item, args, left)
+        if first:
+            record.save(item.path)
+            item.checkpoint.unlink(missing_ok=True)
+        say(f"    {record.digest[:12]}  {record.provenance['seconds']} s")
+        return True
+
+    try:
+        while todo:  # what a run needs may come after it in the table
+            waiting = [item for item in todo if not settled(item)]
+            if len(waiting) == len(todo):
+                needs = sorted({item.state().removeprefix("needs ") for item in todo})
+                raise ExperimentError(
+                    f"{len(todo)} of these runs need records that are not there: run "
+                    f"{needs[0]}{' and others' * (len(needs) > 1)} first"
+                )
+            todo = waiting
+    except Unfinished as stop:
+        say(f"{stop}; run the same command again to go on")
     return 0
 
 
