@@ -636,6 +636,76 @@ ROWS: tuple[Claim, ...] = (
             for lr in ("0.01", "0.1", "1")
         ),
     ),
+    Claim(
+        "N21",
+        _CONV,
+        "ours, on N8",
+        "On CIFAR-10 the lazy guard, which cannot be captive, is at all times as good "
+        "as or better than its fallback alone, and so it is better than LGL2O late",
+        (
+            *(
+                NotWorse(_FIG7, "LGL2O reset, lazy", "SGD", window)
+                for window in _WINDOWS[_FIG7]
+            ),
+            Lower(_FIG7, "LGL2O reset, lazy", "LGL2O", _LATE),
+        ),
+    ),
+    Claim(
+        "N22",
+        _CONV,
+        "ours, on N6",
+        "On Conv3, too, a guard over two hand-crafted optimizers does as well as the "
+        "better of them",
+        tuple(
+            NotWorse(figure, "LGL2O of Adam", part, _LATE)
+            for figure in (_FIG6, _FIG7)
+            for part in ("Adam", "SGD")
+        ),
+    ),
+    Claim(
+        "N23",
+        _CONV,
+        "ours, on N12",
+        "On Tiny-ImageNet-50, too, a shadow costs nothing: as good as or better than "
+        "SGD, and than LGL2O",
+        tuple(
+            NotWorse(_FIG8, "LGL2O shadow", part, window)
+            for part in ("SGD", "LGL2O")
+            for window in (_MIDDLE, _SHORT)
+        ),
+    ),
+    Claim(
+        "N24",
+        _CONV,
+        "ours, on N4",
+        "Nor does a margin there; and a hundred steps of the learned optimizer, then "
+        "SGD, are better than SGD",
+        (
+            NotWorse(_FIG8, "LGL2O margin", "LGL2O", _MIDDLE),
+            NotWorse(_FIG8, "LGL2O margin", "LGL2O", _SHORT),
+            Lower(_FIG8, "L2O, then SGD", "SGD", _SHORT),
+        ),
+    ),
+    Claim(
+        "N25",
+        _CONV,
+        "ours, on N14 to N16",
+        "On Conv3, too, Adam at a tuned rate ends below every guard; a guard with a "
+        "shadow ends no worse than SGD at a tuned rate and than a switch at a tuned "
+        "time",
+        tuple(
+            test
+            for figure in (_FIG6, _FIG7)
+            for test in (
+                *(
+                    Lower(figure, "Adam tuned", guard, _LATE)
+                    for guard in ("LGL2O", "LGL2O margin", "LGL2O shadow")
+                ),
+                NotWorse(figure, "LGL2O shadow", "SGD tuned", _LATE),
+                NotWorse(figure, "LGL2O shadow", "L2O, then SGD tuned", _LATE),
+            )
+        ),
+    ),
 )
 
 
