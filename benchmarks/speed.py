@@ -127,12 +127,8 @@ def replicas(sizes: tuple[int, ...], data: str, counts: tuple[int, ...]) -> None
             )
             valid = None
             if method.batches:
-                valid = torch.stack(
-                    [
-                        valid_indices(task.items, 128, s, 0, 10, train[s])[None]
-                        for s in range(r)
-                    ]
-                )
+                draws = [(s, 0) for s in range(r)]
+                valid = valid_indices(task.items, 128, draws, 10, train)[:, None]
             singles = [method.init(p) for p in params]
 
             def loop(r=r, singles=singles, train=train, valid=valid, segment=segment):

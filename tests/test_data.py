@@ -132,9 +132,9 @@ def test_streams_equal_a_slow_independent_definition(device: str) -> None:
         assert got.flatten().tolist() == order[:100]
     used = [3, 50, 77]
     order = sorted(range(n), key=lambda i: slow_hash(i, 2, seed, 9))
-    got = valid_indices(n, batch, seed, 9, 4, torch.tensor(used), device=device)
+    got = valid(n, batch, seed, 9, 4, torch.tensor(used), device=device)
     assert got.flatten().tolist() == [i for i in order if i not in used][:40]
-    got = valid_indices(n, batch, seed, 9, 4, None, "iid", device=device)
+    got = valid(n, batch, seed, 9, 4, None, "iid", device=device)
     draws = [slow_hash(j, 3, seed, 9) * n >> 32 for j in range(40)]
     assert got.flatten().tolist() == draws
 
@@ -157,12 +157,19 @@ def test_golden_indices(device: str) -> None:
         *(9293, 25395, 42384, 25082, 54909, 25043, 49219, 14108)
     ]
     assert train(100, 8, 7, 27, 1) == [14, 1, 42, 32, 84, 85, 31, 54]
-    assert first(valid_indices(60000, 8, 0, 5, 1, None, device=device)) == [
+    assert first(valid(60000, 8, 0, 5, 1, None, device=device)) == [
         *(48429, 4593, 46767, 18435, 32338, 47620, 11389, 43440)
     ]
-    assert first(valid_indices(60000, 8, 0, 5, 1, None, "iid", device=device)) == [
+    assert first(valid(60000, 8, 0, 5, 1, None, "iid", device=device)) == [
         *(55407, 27183, 32066, 44585, 3174, 23556, 47513, 39088)
     ]
+
+
+def valid(n, batch, seed, decision, n_c, used, mode="disjoint", device="cpu") -> Tensor:
+    """Return the validation batches of one decision."""
+    used = None if used is None else used[None]
+    draws = [(seed, decision)]
+    return valid_indices(n, batch, draws, n_c, used, mode, device=device)[0]
 
 
 # ---------------------------------------------------------------- training stream
@@ -202,9 +209,9 @@ def test_seeds_epochs_and_streams_differ() -> None:
         "train 0": train_indices(n, n, 0, 0, 1),
         "train 0, epoch 1": train_indices(n, n, 0, 1, 1),
         "train 1": train_indices(n, n, 1, 0, 1),
-        "valid 0": valid_indices(n, n, 0, 0, 1, None),
-        "valid 0, decision 1": valid_indices(n, n, 0, 1, 1, None),
-        "valid 1": valid_indices(n, n, 1, 0, 1, None),
+        "valid 0": valid(n, n, 0, 0, 1, None),
+        "valid 0, decision 1": valid(n, n, 0, 1, 1, None),
+        "valid 1": valid(n, n, 1, 0, 1, None),
     }
     ranks = torch.stack([o[0].argsort().double() for o in orders.values()])
     correlation = torch.corrcoef(ranks) - torch.eye(len(orders))
@@ -243,7 +250,7 @@ def test_validation_items_are_distinct_and_unused() -> None:
     n, batch, n_t, n_c = 1437, 32, 10, 10
     for decision in range(5):
         used = train_indices(n, batch, 0, n_t * decision, n_t)
-        got = valid_indices(n, batch, 0, decision, n_c, used)
+        got = valid(n, batch, 0, decision, n_c, used)
         assert got.shape == (n_c, batch)
         assert got.unique().numel() == n_c * batch
         assert not torch.isin(got, used).any()
@@ -252,21 +259,21 @@ def test_validation_items_are_distinct_and_unused() -> None:
 def test_used_items_are_only_removed_from_the_validation_order() -> None:
     n, batch = 900, 30
     used = train_indices(n, batch, 4, 0, 10)
-    everything = valid_indices(n, batch, 4, 2, 30, None).flatten()
+    everything = valid(n, batch, 4, 2, 30, None).flatten()
     kept = everything[~torch.isin(everything, used)]
-    got = valid_indices(n, batch, 4, 2, 20, used)
+    got = valid(n, batch, 4, 2, 20, used)
     assert torch.equal(got.flatten(), kept)
     again = torch.cat([used, used]).flatten().flip(0)
-    assert torch.equal(valid_indices(n, batch, 4, 2, 20, again), got)
-    assert torch.equal(valid_indices(n, batch, 4, 2, 3, used), got[:3])
+    assert torch.equal(valid(n, batch, 4, 2, 20, again), got)
+    assert torch.equal(valid(n, batch, 4, 2, 3, used), got[:3])
     nothing = torch.empty(0, 30, dtype=torch.int64)
-    assert torch.equal(valid_indices(n, batch, 4, 2, 30, nothing).flatten(), everything)
+    assert torch.equal(valid(n, batch, 4, 2, 30, nothing).flatten(), everything)
 
 
 def test_validation_items_are_uniform_over_the_unused() -> None:
     n = 200
     used = torch.arange(0, n, 2)
-    draws = torch.cat([valid_indices(n, 5, 8, d, 2, used) for d in range(2000)])
+    draws = torch.cat([valid(n, 5, 8, d, 2, used) for d in range(2000)])
     counts = draws.flatten().bincount(minlength=n)
     assert counts[used].sum() == 0
     assert abs(chi_square(counts[1::2])) < 4
@@ -274,7 +281,7 @@ def test_validation_items_are_uniform_over_the_unused() -> None:
 
 def test_iid_is_uniform_and_repeats_items() -> None:
     n = 300
-    got = torch.cat([valid_indices(n, 50, 2, d, 40, None, "iid") for d in range(30)])
+    got = torch.cat([valid(n, 50, 2, d, 40, None, "iid") for d in range(30)])
     assert abs(chi_square(got.flatten().bincount(minlength=n))) < 4
     assert got.min() == 0 and got.max() == n - 1
     distinct = got.view(-1, n)[:200].sort(1).values.diff(dim=1).ne(0).sum(1) + 1
@@ -286,9 +293,20 @@ def test_iid_is_uniform_and_repeats_items() -> None:
 
 def test_iid_ignores_what_was_used_and_may_exceed_the_set() -> None:
     used = torch.arange(100)
-    free = valid_indices(100, 100, 0, 3, 7, None, "iid")
+    free = valid(100, 100, 0, 3, 7, None, "iid")
     assert free.shape == (7, 100)
-    assert torch.equal(valid_indices(100, 100, 0, 3, 7, used, "iid"), free)
+    assert torch.equal(valid(100, 100, 0, 3, 7, used, "iid"), free)
+
+
+@devices
+@pytest.mark.parametrize("mode", ["disjoint", "iid"])
+def test_several_decisions_at_once_are_drawn_as_one_by_one(mode, device) -> None:
+    n, draws = 1437, [(0, 0), (0, 7), (3, 7), (3, 0)]
+    used = torch.stack([train_indices(n, 32, s, 10 * d, 10) for s, d in draws])
+    got = valid_indices(n, 32, draws, 4, used, mode, device=device).cpu()
+    for row, (seed, decision), own in zip(got, draws, used, strict=True):
+        assert torch.equal(row, valid(n, 32, seed, decision, 4, own, mode))
+    assert len({tuple(row.flatten().tolist()) for row in got}) == 4
 
 
 # ---------------------------------------------------------------- refusals
@@ -304,19 +322,23 @@ def test_iid_ignores_what_was_used_and_may_exceed_the_set() -> None:
         (lambda: train_indices(10, 5, 0.5, 0, 1), "seed is 0.5"),
         (lambda: train_indices(10, 5, 0, -1, 1), "start is -1"),
         (lambda: train_indices(10, 5, 0, 0, -2), "count is -2"),
-        (lambda: valid_indices(10, 5, 0, 0, 0, None), "n_c is 0"),
-        (lambda: valid_indices(10, 5, 0, -1, 1, None), "decision is -1"),
-        (lambda: valid_indices(10, 5, 0, 0, 1, None, "fresh"), "mode is 'fresh'"),
-        (lambda: valid_indices(10, 5, 0, 0, 3, None), 'use mode="iid"'),
+        (lambda: valid(10, 5, 0, 0, 0, None), "n_c is 0"),
+        (lambda: valid(10, 5, 0, -1, 1, None), "decision is -1"),
+        (lambda: valid(10, 5, 0, 0, 1, None, "fresh"), "mode is 'fresh'"),
+        (lambda: valid(10, 5, 0, 0, 3, None), 'use mode="iid"'),
         (
-            lambda: valid_indices(10, 5, 0, 0, 2, torch.tensor([4])),
+            lambda: valid(10, 5, 0, 0, 2, torch.tensor([4])),
             "need 10 unused items, but only 9 of 10",
         ),
-        (lambda: valid_indices(10, 5, 0, 0, 1, torch.tensor([10])), "outside 0 .. 9"),
-        (lambda: valid_indices(10, 5, 0, 0, 1, torch.tensor([-1])), "outside 0 .. 9"),
+        (lambda: valid(10, 5, 0, 0, 1, torch.tensor([10])), "outside 0 .. 9"),
+        (lambda: valid(10, 5, 0, 0, 1, torch.tensor([-1])), "outside 0 .. 9"),
         (
-            lambda: valid_indices(10, 5, 0, 0, 1, torch.ones(10, dtype=torch.bool)),
+            lambda: valid(10, 5, 0, 0, 1, torch.ones(10, dtype=torch.bool)),
             "used is torch.bool",
+        ),
+        (
+            lambda: valid_indices(10, 5, [(0, 0)] * 3, 1, torch.ones(2, 1).long()),
+            "used has 2 rows: it must have one for each of the 3 draws",
         ),
         (lambda: data.load("imagenet"), "no data set 'imagenet': choose from mnist"),
         (lambda: data.fetch(["imagenet"]), "no data set 'imagenet' to fetch"),

@@ -26,7 +26,6 @@ from problems import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2olib.data import train_indices, valid_indices
 from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Shadow
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
@@ -711,15 +710,6 @@ def test_a_clear_gain_passes_and_costs_few_batches():
     share, used = accepted(Sequential(3.0), -2.0, 1 / APART**2)
     assert share > 0.99
     assert used < 3
-
-
-# ---- the item numbers that a decision gets -------------------------------------------
-
-
-def test_disjoint_batches_avoid_the_decisions_training_items():
-    train = train_indices(200, 10, 0, 0, 5)
-    held = valid_indices(200, 10, 0, 0, 5, train)
-    assert not set(train.flatten().tolist()) & set(held.flatten().tolist())
 
 
 # ---- counted work --------------------------------------------------------------------

@@ -599,12 +599,11 @@ def test_validation_batches_of_each_mode(toy_data):
                 used = set(idx[row, 5 * d : 5 * d + 5].flatten().tolist())
                 own = held[row, d]
                 if mode == "fixed":
-                    expected = valid_indices(64, 8, seed, 0, 2, None)
+                    expected = valid_indices(64, 8, [(seed, 0)], 2, None)
                 else:
-                    expected = valid_indices(
-                        64, 8, seed, 4 + d, 2, idx[row, 5 * d : 5 * d + 5], mode
-                    )
-                assert torch.equal(own, expected)
+                    train = idx[row, None, 5 * d : 5 * d + 5]
+                    expected = valid_indices(64, 8, [(seed, 4 + d)], 2, train, mode)
+                assert torch.equal(own, expected[0])
                 if mode == "disjoint":
                     assert not used & set(own.flatten().tolist())
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -713,8 +713,19 @@ def _key(*values: int) -> tuple[int, int]:
     return word & _LOW, word >> 32
 
 
-def _hash(items: Tensor, key: tuple[int, int]) -> Tensor:
-    """Map items in [0, 2^32), int64, to such numbers; one to one for a fixed key."""
+def _keys(
+    stream: int, draws: Sequence[tuple[int, int]], device: Device
+) -> tuple[Tensor, Tensor]:
+    """Return both words of the draws' keys, as columns [len(draws), 1] on `device`."""
+    words = torch.tensor([_key(stream, *draw) for draw in draws], device=device)
+    return words[:, :1], words[:, 1:]
+
+
+def _hash(items: Tensor, key: tuple[int, int] | tuple[Tensor, Tensor]) -> Tensor:
+    """Map items in [0, 2^32), int64, to such numbers; one to one for a fixed key.
+
+    For several keys, as columns, each has a row of the result.
+    """
     h = _mix(items ^ key[0])
     return _mix(h.add_(key[1]).bitwise_and_(_LOW))
 
@@ -768,48 +779,53 @@ def train_indices(
 def valid_indices(
     n: int,
     batch: int,
-    seed: int,
-    decision: int,
+    draws: Sequence[tuple[int, int]],
     n_c: int,
     used: Tensor | None,
     mode: str = "disjoint",
     *,
     device: Device = "cpu",
 ) -> Tensor:
-    """Return the validation batches of one decision, stream valid(seed): [n_c, batch].
+    """Return the validation batches of some decisions: [len(draws), n_c, batch].
 
+    Each of `draws` is a pair (seed, decision) and names a draw of stream valid(seed).
     `disjoint`: the first n_c * batch items, in the order of the decision's hash, that
-    are not in `used` (int64 [...]: the decision's training items; None: none).
-    `iid`: independent uniform draws with replacement, whatever was used.
-    int64 on `device`. Raises DataError if an argument is out of range or, in
+    are not in its row of `used` (int64 [len(draws), ...]: the decisions' training
+    items; None: none). `iid`: independent uniform draws with replacement, whatever was
+    used. int64 on `device`. Raises DataError if an argument is out of range or, in
     `disjoint`, too few items are left.
     """
-    _check(n, batch, seed)
-    _whole("decision", decision, 0)
+    for seed, decision in draws:
+        _check(n, batch, seed)
+        _whole("decision", decision, 0)
     _whole("n_c", n_c, 1)
-    size = n_c * batch
+    shape, size = (len(draws), n_c, batch), n_c * batch
     if mode == "iid":
-        draws = torch.arange(size, device=device)
-        h = _hash(draws, _key(_IID, seed, decision))
-        return (h * n >> 32).view(n_c, batch)
+        h = _hash(torch.arange(size, device=device), _keys(_IID, draws, device))
+        return (h * n >> 32).view(shape)
     if mode != "disjoint":
         raise DataError(f"mode is {mode!r}: choose 'disjoint' or 'iid'")
-    h = _hash(torch.arange(n, device=device), _key(_DISJOINT, seed, decision))
+    h = _hash(torch.arange(n, device=device), _keys(_DISJOINT, draws, device))
     left = n
     if used is not None and used.numel():
-        taken = used.to(device).flatten()
+        taken = used.to(device).flatten(1)
         if taken.dtype != torch.int64:
             raise DataError(f"used is {taken.dtype}: it must hold int64 item numbers")
+        if len(taken) != len(draws):
+            raise DataError(
+                f"used has {len(taken)} rows: it must have one for each of the "
+                f"{len(draws)} draws"
+            )
         if taken.min() < 0 or taken.max() >= n:
             raise DataError(f"used holds an item outside 0 .. {n - 1}")
-        h[taken] = _LOW + 1
-        left = int((h <= _LOW).sum())
+        h.scatter_(1, taken, _LOW + 1)
+        left = int((h <= _LOW).sum(1).min())
     if size > left:
         raise DataError(
             f"{n_c} validation batches of {batch} need {size} unused items, but only "
             f'{left} of {n} are left: lower n_c or the batch, or use mode="iid"'
         )
-    return torch.topk(h, size, largest=False, sorted=True).indices.view(n_c, batch)
+    return torch.topk(h, size, largest=False, sorted=True).indices.view(shape)
 
 
 def _check(n: int, batch: int, seed: int) -> None:

@@ -561,29 +561,25 @@ class TrainingJob:
     def batches(self, start: int) -> tuple[Tensor, Tensor | None]:
         """Item numbers of the segment at ``start``: training and validation."""
         c, n = self.config, self.task.items
-        train, valid = [], []
-        for seed in c.group:
-            idx = train_indices(n, c.batch, seed, start, c.segment, device=self.device)
-            train.append(idx)
-            if c.method.batches is not None:
-                valid.append(self._validation(seed, start, idx))
-        return torch.stack(train), torch.stack(valid) if valid else None
-
-    def _validation(self, seed: int, start: int, train: Tensor) -> Tensor:
-        c, n = self.config, self.task.items
+        train = torch.stack(
+            [
+                train_indices(n, c.batch, seed, start, c.segment, device=self.device)
+                for seed in c.group
+            ]
+        )
+        if c.method.batches is None:
+            return train, None
         n_c, mode = c.method.batches
-        found = []
-        for d, used in enumerate(train.split(c.method.interval)):
-            decision = start // c.method.interval + d
-            if mode == "fixed":
-                decision, used = 0, None
-            kind = "iid" if mode == "iid" else "disjoint"
-            found.append(
-                valid_indices(
-                    n, c.batch, seed, decision, n_c, used, kind, device=self.device
-                )
-            )
-        return torch.stack(found)
+        first, count = start // c.method.interval, c.segment // c.method.interval
+        draws = [
+            (seed, 0 if mode == "fixed" else first + d)
+            for seed in c.group
+            for d in range(count)
+        ]
+        used = None if mode == "fixed" else train.view(len(draws), -1)
+        kind = "iid" if mode == "iid" else "disjoint"
+        valid = valid_indices(n, c.batch, draws, n_c, used, kind, device=self.device)
+        return train, valid.view(len(train), count, n_c, c.batch)
 
     def segment(
         self, start: int, state: State, train: Tensor, valid: Tensor | None
