@@ -813,6 +813,9 @@ def test_the_root_is_found_from_the_working_folder_too(
 ) -> None:
     monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))
     assert data.find_root() == tmp_path.resolve()
+    monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path / "none"))
+    with pytest.raises(DataError, match="none, where there is no folder"):
+        data.find_root()
     monkeypatch.delenv("L2OLIB_ROOT")
     repository = tmp_path / "repository"
     (repository / "src" / "l2olib").mkdir(parents=True)

@@ -635,6 +635,21 @@ def test_wrong_options_are_refused(field, value):
         LGL2O(LSTM, GD, **{field: value})
 
 
+def test_batches_that_do_not_fit_a_segment_are_refused():
+    """Without validation batches a guard would decide on the full loss, silently."""
+    task = blobs()
+    train = torch.zeros(10, 8, dtype=torch.int64)
+    for guard, steps, held in (
+        (LGL2O(LSTM, GD, n_t=5, n_c=2), 10, None),
+        (LGL2O(LSTM, GD, n_t=5, n_c=2), 10, torch.zeros(2, 3, 8)),
+        (LGL2O(LSTM, GD, n_t=5, n_c=2), 10, torch.zeros(1, 2, 8)),
+        (LGL2O(LSTM, GD, n_t=5, n_c=2), 9, torch.zeros(2, 2, 8)),
+        (Shadow(LSTM, GD, n_t=5, validation="full"), 10, torch.zeros(2, 2, 8)),
+    ):
+        with pytest.raises(ValueError, match=r"must be a multiple of n_t=5, with val"):
+            guard.segment(task, {}, {}, train[:steps], held)
+
+
 def test_wrong_lazy_guards_are_refused():
     with pytest.raises(ValueError, match="^n_t must be at least 2, not 1"):
         Lazy(LSTM, GD, n_t=1)

@@ -92,6 +92,8 @@ def test_power_decay_at_chosen_points():
     assert at(torch.tensor(12), torch.float64).item() == 1.5
     assert at(torch.tensor(32), torch.float64).item() == 1.0
     assert constant(0.7)(torch.tensor(10**6), torch.float64).item() == 0.7
+    with pytest.raises(ValueError, match="^tau must be positive, not 0"):
+        PowerDecay(3.0, tau=0.0)
 
 
 def test_the_clock_starts_at_one():

@@ -633,6 +633,10 @@ def test_methods_are_paired(toy_data):
         ({"seeds": (1, 2)}, "one group of 2"),
         ({"seeds": (-1,), "replicas": 1}, "non-negative"),
         ({"seeds": ()}, "one group of 2"),
+        ({"seeds": (1, 1)}, "distinct"),
+        ({"sample": -5}, "^sample must be at least 0, not -5"),
+        ({"evaluations": 0}, "^evaluations must be at least 1, not 0"),
+        ({"audit_every": -1}, "^audit_every must be at least 0, not -1"),
     ],
 )
 def test_impossible_runs_are_refused(changes, message):
@@ -653,6 +657,11 @@ def test_a_learned_optimizer_needs_weights(toy_data):
         work(Alone(SMALL)).job("cpu", False, {"optimizer": {}})
     with pytest.raises(ValueError, match="has no proposer: give weights to proposal"):
         work(LGL2O(SMALL, GD), weights={"proposer": "x"})
+
+
+def test_weights_of_another_architecture_are_refused(toy_data):
+    with pytest.raises(ValueError, match="^these weights are not for the optimizer"):
+        work(Alone(SMALL)).job("cpu", False, {"optimizer": LSTM.init_meta(0)})
 
 
 def test_a_batch_larger_than_the_data_is_refused(toy_data):

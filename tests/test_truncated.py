@@ -274,7 +274,9 @@ def test_meta_training_lowers_the_validation_loss(toy_data):
     assert arrays["validation"].min() < arrays["validation"][0] - 0.1
 
 
-def test_a_rollout_is_whole_truncations():
+def test_impossible_meta_trainings_are_refused():
+    with pytest.raises(ValueError, match="^order must be first or full, not 'second'"):
+        small(order="second")
     with pytest.raises(ValueError, match="multiple of truncation, not 7 and 3"):
         small(rollout=7)
 

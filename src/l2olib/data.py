@@ -99,10 +99,13 @@ def find_root() -> Path:
 
     Searches upwards from this file, then from the working folder, for a folder with
     `src/l2olib` and a `pyproject.toml` or `_toc.yml`. Raises DataError if none
-    is found.
+    is found, or if `L2OLIB_ROOT` is no folder.
     """
     if os.environ.get("L2OLIB_ROOT"):
-        return Path(os.environ["L2OLIB_ROOT"]).expanduser().resolve()
+        root = Path(os.environ["L2OLIB_ROOT"]).expanduser().resolve()
+        if root.is_dir():
+            return root
+        raise DataError(f"L2OLIB_ROOT is {root}, where there is no folder")
     for start in (Path(__file__).resolve().parent, Path.cwd()):
         for folder in (start, *start.parents):
             marked = any((folder / m).exists() for m in ("pyproject.toml", "_toc.yml"))

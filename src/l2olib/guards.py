@@ -228,6 +228,15 @@ class LGL2O:
         for each decision ``use_l2o``, both validation losses and the standard error of
         their difference; ``candidates`` are y and z of the last decision, for audits.
         """
+        decisions = len(train) // self.n_t
+        needed = None if self.validation == "full" else (decisions, self.n_c)
+        given = None if valid is None else tuple(valid.shape[:2])
+        if len(train) % self.n_t or given != needed:
+            raise ValueError(
+                f"a segment of {len(train)} steps must be a multiple of n_t="
+                f"{self.n_t}, with validation batches {needed or 'None'} (decisions, "
+                f"n_c), not {given or 'None'}"
+            )
         traces = []
         for d, batches in enumerate(train.split(self.n_t)):
             held_out = None if valid is None else valid[d]

@@ -62,6 +62,10 @@ class PowerDecay:
     tau: float = 50_000.0
     power: float = 1.5
 
+    def __post_init__(self) -> None:
+        if not self.tau > 0:
+            raise ValueError(f"tau must be positive, not {self.tau}")
+
     def __call__(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.lr0 * (t.to(dtype) / self.tau + 1) ** -self.power
 

@@ -452,11 +452,17 @@ class Training:
                 f"{' or '.join(self.method.optimizers)}"
             )
         groups = {seed // self.replicas for seed in self.seeds}
-        if len(groups) != 1 or min(self.seeds) < 0:
+        twice = len(set(self.seeds)) != len(self.seeds)
+        if len(groups) != 1 or min(self.seeds) < 0 or twice:
             raise ValueError(
-                f"seeds must be non-negative and of one group of {self.replicas}, "
-                f"not {self.seeds}"
+                "seeds must be non-negative, distinct and of one group of "
+                f"{self.replicas}, not {self.seeds}"
             )
+        for name, low in (("evaluations", 1), ("audit_every", 0), ("sample", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"{name} must be at least {low}, not {getattr(self, name)}"
+                )
 
     @classmethod
     def of(cls, training: Training, **changes: Any) -> Self:
@@ -485,6 +491,10 @@ class Training:
         return log_spaced(self.segment, self.steps, self.evaluations, self.segment)
 
 
+def _shapes(meta: Meta) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in meta.items()}
+
+
 CANDIDATES = ("full_proposal", "full_fallback")
 """The true losses of an audited decision's two candidates."""
 
@@ -502,10 +512,16 @@ class TrainingJob:
     def __post_init__(self) -> None:
         c = self.config
         for role, optimizer in c.method.optimizers.items():
-            if optimizer.init_meta(0) and not self.metas.get(role):
+            wanted, given = optimizer.init_meta(0), self.metas.get(role, {})
+            if wanted and not given:
                 raise ValueError(
                     f"the {role} is a learned optimizer without weights: give it those "
                     "of a meta-training, or optimizer.init_meta(seed)"
+                )
+            if _shapes(wanted) != _shapes(given):
+                raise ValueError(
+                    f"these weights are not for the {role}: it has "
+                    f"{_shapes(wanted)}, they have {_shapes(given)}"
                 )
         self.task = Task(c.optimizee, load(c.data, device=self.device))
         if c.batch > self.task.items:

@@ -160,6 +160,8 @@ class MetaTraining(MetaWork):
                 f"rollout must be a multiple of truncation, not {self.rollout} "
                 f"and {self.truncation}"
             )
+        if self.order not in ("first", "full"):
+            raise ValueError(f"order must be first or full, not {self.order!r}")
         check_built_for(self.optimizee, self.optimizer)
 
     @property
