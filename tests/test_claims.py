@@ -937,6 +937,7 @@ def test_failures_stand_before_what_passes():
     verdict = verdict_of(claim(*passing, failing), CURVES)
     row = claims.markdown([verdict]).splitlines()[2]
     assert row.startswith(": ")
+    assert 'id="row-X1"' in claims.markdown([verdict])
     shown, _, rest = row.partition("<details><summary>3 tests pass</summary>")
     assert rest.count("✓") == 3 and "✓" not in shown
     assert rest.partition("</details>")[2].count("✗") == 1

@@ -95,7 +95,7 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
     """The ledger as a Markdown list: verdict and claim, the tests with their outcomes.
 
     Tests that pass are folded behind their number where others do not. Where the tests
-    of a row read several figures, each says which.
+    of a row read several figures, each says which. Links lead to row B2 by ``#row-B2``.
     """
     items = []
     for v in verdicts:
@@ -111,7 +111,8 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
         if rest and len(passed) > 2:
             title = f"<summary>{len(passed)} tests pass</summary>"
             passed = [f"<details>{title}{'<br>'.join(passed)}</details>"]
-        head = f"**{v.claim.id}: {v.verdict}** ({v.tally}{', *post hoc*' * v.post_hoc})"
+        name = f'<span id="row-{v.claim.id}"></span>**{v.claim.id}: {v.verdict}**'
+        head = f"{name} ({v.tally}{', *post hoc*' * v.post_hoc})"
         found = "<br>".join(passed + rest)
         items.append(f"{head}\n: {v.claim.statement} *({v.claim.source})*\n: {found}")
     note = (
