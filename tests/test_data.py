@@ -85,6 +85,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(data, "_loaded", {})
     monkeypatch.setenv("L2OLIB_SHARED_DATA", str(tmp_path / "no-shared"))
     monkeypatch.setenv("L2OLIB_DATA", str(tmp_path / "from-env"))
+    (tmp_path / "repository").mkdir()
     monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path / "repository"))
     return tmp_path
 
