@@ -8,6 +8,7 @@ import torch
 from problems import Clock, make_toy_data, make_toy_table  # noqa: F401
 
 from l2olib import experiments, records, train, tuning
+from l2olib.__main__ import main
 from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
@@ -238,3 +239,23 @@ def test_another_choice_makes_the_run_stale(tuned_table):
         runs("toy.tuned")[0], work=replace(runs("toy.tuned")[0].work, method=other)
     )
     assert again.state() == "needs toy.tune NAdamW/0"
+
+
+def test_what_a_search_chooses_is_not_computed_twice(tuned_table, monkeypatch):
+    """The same method under two names has one result; with --redo it has two."""
+    tuned_figure = experiments.find("toy.tuned")[0]
+    same = Alone(NAdamW(CosineDecay(0.1, 40)))
+    plain = experiments.trainings({"plain": same}, "", 2, **SETTING | {"steps": 40})
+
+    def figure(profile: str):
+        return [*works, *tuned_figure.build(profile)]
+
+    works, entry = list(plain), replace(tuned_figure, build=figure)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy.tuned", entry)
+    assert main(["run", "toy.*"]) == 0
+    plain, other, alone, _ = runs("toy.tuned")
+    assert alone.load().provenance == plain.load().provenance
+    assert alone.load().digest == plain.load().digest != other.load().digest
+    assert main(["run", "toy.tuned", "--only", "NAdamW/0", "--redo"]) == 0
+    assert alone.load().provenance != plain.load().provenance
+    assert alone.load().digest == plain.load().digest

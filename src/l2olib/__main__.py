@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
             if state == "done":
                 return True
         say(f"{item.experiment} {item.name} ({item.profile})")
-        record = execute(item, args, left)
+        record = (None if args.redo else item.twin()) or execute(item, args, left)
         if first:
             record.save(item.path)
             item.checkpoint.unlink(missing_ok=True)

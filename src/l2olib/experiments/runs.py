@@ -136,6 +136,18 @@ class Run:
             return "damaged"
         return "done"
 
+    def twin(self) -> Record | None:
+        """Read the record of a run of this experiment that has the same configuration.
+
+        A search may choose what the figure has already: then nothing is left to
+        compute.
+        """
+        if self.tuning is None:
+            return None
+        (entry,) = find(self.experiment)
+        done = (r for r in entry.runs(self.profile) if r.state() == "done")
+        return next((r.load() for r in done if r.config == self.config), None)
+
     def execute(
         self,
         *,
