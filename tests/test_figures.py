@@ -147,6 +147,13 @@ def test_comparison_draws_methods_and_the_deciding_guard() -> None:
     assert share.get_ydata().tolist() == [1.0, 0.5, pytest.approx(0.1)]
 
 
+def test_a_method_that_changes_costs_what_it_costs_at_the_time() -> None:
+    arrays = {"turn": np.array([[100.0, 20.0, 1.0]]), "flops": np.array([2.0])}
+    at = figures.progress(arrays, np.array([10, 100, 1_000]), "work")
+    assert at.tolist() == [200, 2_000, 2_900]
+    assert figures.progress(arrays, np.array([10]), "steps").tolist() == [10]
+
+
 def test_a_training_can_be_drawn_against_what_it_costs() -> None:
     points = np.array([10, 100])
     cost = {"flops": np.array([3.0]), "seconds": np.array([0.1, 0.3])}

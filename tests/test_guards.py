@@ -26,7 +26,7 @@ from problems import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Shadow
+from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Shadow, Switch
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -791,6 +791,20 @@ def test_cost_of_the_papers_setting():
     assert 10 * cost.depth == pytest.approx(11)
     expected = 19 * mlp.flops(128, True) + 20 * mlp.flops(128) + 10 * 9_960 * 15_910
     assert 10 * cost.flops == pytest.approx(expected)
+
+
+def test_work_of_a_switch():
+    """Each of its steps costs what the optimizer at work costs alone."""
+    mlp = MLP((784, 20, 10))
+    method = Switch(LSTMOptimizer(), SGD(PowerDecay(3.0)), 100)
+    early, late, mean = (
+        method.cost(mlp, 128, 60_000, share) for share in (1.0, 0.0, 0.01)
+    )
+    assert late == Alone(SGD(PowerDecay(3.0))).cost(mlp, 128, 60_000)
+    assert early == Alone(LSTMOptimizer()).cost(mlp, 128, 60_000)
+    assert early.flops / late.flops == pytest.approx(20.5, abs=0.5)
+    total = 100 * early.flops + 9_900 * late.flops
+    assert 10_000 * mean.flops == pytest.approx(total)
 
 
 def test_work_of_a_lazy_decision():

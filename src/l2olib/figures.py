@@ -189,10 +189,13 @@ def progress(arrays: Mapping[str, Any], steps: Any, against: str = "steps") -> A
     """``steps`` of a method as a place on one of `AXES`: itself, or what they cost.
 
     arrays: one method's, as `experiments.curves` gives them (``flops`` and measured
-    ``seconds`` of a step and seed).
+    ``seconds`` of a step and seed; where a method changes for good, ``turn``).
     """
     if against == "steps":
         return steps
+    if against == "work" and "turn" in arrays:
+        at, before, after = arrays["turn"][0].tolist()
+        return steps.clip(max=at) * before + (steps - at).clip(min=0) * after
     return steps * float(arrays["flops" if against == "work" else "seconds"].mean())
 
 

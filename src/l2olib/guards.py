@@ -815,6 +815,10 @@ class Switch:
     def cost(
         self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
     ) -> Cost:
-        """Work of a late step: a long run consists of them."""
-        flops = optimizee.flops(batch, gradient=True)
-        return Cost(1.0, 0.0, 1.0, flops + self.fallback.flops(optimizee.layout.n))
+        """Work of a step of the fallback; ``accepted`` is the proposal's share of it.
+
+        A long run consists of the fallback's steps, but the first ``at`` are not cheap.
+        """
+        own = (o.flops(optimizee.layout.n) for o in (self.proposal, self.fallback))
+        flops = sum(x * w for x, w in zip(own, (accepted, 1 - accepted), strict=True))
+        return Cost(1.0, 0.0, 1.0, optimizee.flops(batch, gradient=True) + flops)

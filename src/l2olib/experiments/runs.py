@@ -410,7 +410,9 @@ def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Ten
     """Join the records of each label along their seeds (first axis).
 
     To the recorded arrays come ``seconds`` (measured, a step and replica), a number for
-    the ``conditions`` under which, and :func:`hyperparameters`.
+    the ``conditions`` under which, and :func:`hyperparameters`. Where a method changes
+    for good at a step, ``flops`` becomes the mean over the run, and ``turn [1, 3]`` has
+    that step and the work of a step before and after it.
     """
     joined: dict[str, dict[str, torch.Tensor]] = {}
     for run, record in found:
@@ -419,9 +421,15 @@ def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Ten
             per_step = record.provenance["seconds"] / run.work.steps / run.work.replicas
             arrays["seconds"] = torch.tensor([per_step])
             arrays["conditions"] = torch.tensor([_conditions(record)])
-            arrays["hyperparameters"] = torch.tensor(
-                [hyperparameters(run.resolved.method)]
-            )
+            method, work = run.resolved.method, run.work
+            arrays["hyperparameters"] = torch.tensor([hyperparameters(method)])
+            if at := min(getattr(method, "at", 0), work.steps):
+                before, after, mean = (
+                    method.cost(work.optimizee, work.batch, 1, share).flops
+                    for share in (1.0, 0.0, at / work.steps)
+                )
+                arrays["turn"] = torch.tensor([[at, before, after]]).double()
+                arrays["flops"] = torch.tensor([mean]).double()
         if run.label not in joined:
             joined[run.label] = arrays
             continue
