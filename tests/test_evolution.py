@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,9 @@ HESSIAN = torch.tensor([[1.11, 0.596], [0.596, 0.486]], dtype=torch.float64)
 START = torch.tensor([2.0, -1.5], dtype=torch.float64)
 
 
-def quadratic_step(meta, params, state, center):
+def quadratic_step(meta, params, state, center, hessian=HESSIAN):
     """Inner step of SGD with learnable log rate (and log of 1 - momentum)."""
-    h, d = HESSIAN.to(params), params - center
+    h, d = hessian.to(params), params - center
     sgd = LearnableSGD(momentum=0.0 if len(meta) == 2 else None)
     names = {"log_lr": meta[:1], "log_one_minus_momentum": meta[1:]}
     delta, state = sgd.update(names, h @ d, state, params)
@@ -59,18 +60,13 @@ def quadratic_step(meta, params, state, center):
 
 
 @pytest.mark.parametrize("bits", PRECISIONS)
-@pytest.mark.parametrize(
-    ("case", "spread"),
-    [
-        ("pes_sgd", 5.1e-6),
-        ("pes_sgd_offset", 3.7e-6),
-        ("pes_sgdm", 2.4e-5),
-        ("pes_sgd_outer", 5.1e-6),
-    ],
-)
-def test_estimates_are_the_references(case, spread, bits):
-    z = np.load(GOLDEN / f"star_golden_A_{case}.npz")
-    tolerance = 1e-10 if bits == "64" else 3 * spread
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*_pes_*")), ids=lambda p: p.stem)
+def test_estimates_are_the_references(path, bits):
+    z, moves = np.load(path), path.stem.endswith("outer")
+    pairs = [(k, k.replace("32/", "64/")) for k in z if k.startswith("grad32/")]
+    assert pairs
+    spread = max(np.abs(z[a] - z[b]).max() for a, b in pairs)
+    tolerance = 1e-10 if bits == "64" else 3 * max(spread, 1e-6)
 
     def tensor(value):
         return torch.tensor(np.asarray(value), dtype=PRECISIONS[bits])
@@ -79,7 +75,9 @@ def test_estimates_are_the_references(case, spread, bits):
     sgd = LearnableSGD(momentum=0.0 if len(names) == 2 else None)
     config = Evolution(sgd, MLP((2, 2)), "", meta_lr=1e-2, weight_decay=0.5)
     start = tensor(z["x0"])
-    pes = PES(4, int(z["trunc_length"]), int(z["total_length"]), 0.01, "slot")
+    lengths = (int(z[k]) for k in ("num_tasks", "trunc_length", "total_length"))
+    pes = PES(*lengths, float(z["std"]), "slot")
+    step = over_pairs(partial(quadratic_step, hessian=tensor(z["H"])))
 
     def begin(pair, episode):
         return start, sgd.init(start)
@@ -92,13 +90,11 @@ def test_estimates_are_the_references(case, spread, bits):
     state = pes.start(meta, begin)
     state["steps"] = torch.tensor(z["init_inner_step"]).long()
     outer = config.outer.init(meta)
-    for k in range(4):
+    for k in range(len(z["xi"])):
         expect(meta, "theta", k)
         eps = torch.stack([tensor(z[f"eps/{n}"][k]) for n in names], 1)
         xi = tensor(z["xi"][k]).transpose(0, 1)
-        found, state = pes.estimate(
-            over_pairs(quadratic_step), begin, meta, eps, state, xi
-        )
+        found, state = pes.estimate(step, begin, meta, eps, state, xi)
         expect(found.gradient, "grad", k)
         expect(state["noise"], "accum_after", k)
         assert np.array_equal(found.trained.T, z["mask"][k])
@@ -111,11 +107,11 @@ def test_estimates_are_the_references(case, spread, bits):
         assert found.loss.item() == pytest.approx(
             z[f"mean_loss{bits}"][k], abs=tolerance
         )
-        if case == "pes_sgd_outer":
+        if moves:
             gradient = clipped(found.gradient, config.clip)
             move, outer = config.outer.update({}, gradient, outer, meta)
             meta = meta + move
-    if case == "pes_sgd_outer":
+    if moves:
         expect(meta, "theta_final", ())
 
 
@@ -300,10 +296,10 @@ def test_clipping():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="from 1 to the horizon, 10, not 20"):
-        PES(4, 20, 10)
-    with pytest.raises(ValueError, match="from 1 to the horizon, 10, not 20"):
-        BackPropagation(4, 20, 10)
+    with pytest.raises(ValueError, match="must be at least 1, not 0 and 10"):
+        PES(4, 0, 10)
+    with pytest.raises(ValueError, match="must be at least 1, not 20 and 0"):
+        BackPropagation(4, 20, 0)
     with pytest.raises(ValueError, match="needs unrolls, not 0"):
         BackPropagation(0)
     with pytest.raises(ValueError, match="not 4 and 0"):
@@ -355,9 +351,13 @@ def small(**changes) -> Evolution:
     return replace(base, **changes)
 
 
-def test_an_estimate_equals_a_plain_loop(toy_data):
-    """Two truncations of every member alone, its own steps, sums and restarts."""
-    config = small()
+@pytest.mark.parametrize("horizon", [9, 3])
+def test_an_estimate_equals_a_plain_loop(toy_data, horizon):
+    """Two truncations of every member alone, its own steps, sums and restarts.
+
+    With a horizon of 3 a truncation of 4 steps restarts once or twice.
+    """
+    config = small(estimator=PES(3, 4, horizon, 0.01, offset=horizon))
     job = EvolutionJob(config)
     e, meta = config.estimator, job.layout.flatten(config.optimizer.init_meta(0))
     state = e.start(meta, job.begin, config.seed)
@@ -375,7 +375,7 @@ def test_an_estimate_equals_a_plain_loop(toy_data):
             assert torch.equal(batches[n], stream)
             old, new, fresh = 0.0, 0.0, False
             for idx in stream:
-                if counts[n] == 9:
+                if counts[n] == horizon:
                     episodes[n], counts[n], fresh = episodes[n] + 1, 0, True
                     runs[n, 1] = runs[n, -1] = job.begin(n, episodes[n])
                 counts[n] += 1

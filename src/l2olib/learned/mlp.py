@@ -235,7 +235,11 @@ class MLPOptimizer:
     meta-parameters.
 
     State: ``m [3, n]``, ``r [n]``, ``row`` and ``col`` (averages of all tensors, one
-    after the other), ``step``.
+    after the other), ``step``. Meta-parameters have the reference's names (``w0`` to
+    ``b2``, ``momentum_decays``, ...); of its settings four are called otherwise here:
+    ``nominal_grad_estimator`` is ``nominal_direction``, ``normalize_blackbox``
+    ``precondition``, ``selfnormalize_blackbox`` ``self_normalize``,
+    ``regularization_controller`` ``decay_controller``.
     """
 
     layout: Layout = field(compare=False, repr=False)
@@ -299,14 +303,16 @@ class MLPOptimizer:
         """1 - decay of each running average: (1 - initial decay) * exp(10 offset).
 
         Those of squares are kept in [0, 1]; a decay of momentum may become negative.
+        The decay, and not the rate, is what is rounded, as in the reference: near a
+        decay of 1 that is all that is left of a rate.
         """
         found = {}
         for family, decays in DECAYS.items():
             offset = meta[f"{family}_decays"]
-            pairs = zip(decays, (10 * offset).unbind(), strict=True)
-            # no tensor from the host in a step: a GPU could not capture it
-            rate = torch.stack([math.log(1 - decay) + o for decay, o in pairs]).exp()
-            found[family] = rate if family == "momentum" else rate.clamp(0, 1)
+            one = offset.new_ones(())  # from the host a GPU could not capture it
+            logs = torch.stack([(1 - one * decay).log() / 10 for decay in decays])
+            decay = 1 - (10 * (logs + offset)).exp()
+            found[family] = 1 - (decay if family == "momentum" else decay.clamp(0, 1))
         return found
 
     def update(

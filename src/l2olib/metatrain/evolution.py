@@ -78,10 +78,10 @@ class Online:
     resets: Any
 
     def __post_init__(self) -> None:
-        if not 1 <= self.truncation <= self.horizon:
+        if min(self.truncation, self.horizon) < 1:
             raise ValueError(
-                f"truncation must be from 1 to the horizon, {self.horizon}, "
-                f"not {self.truncation}"
+                "truncation and horizon must be at least 1, not "
+                f"{self.truncation} and {self.horizon}"
             )
         if not 0 <= self.offset <= self.horizon:
             raise ValueError(
