@@ -699,3 +699,15 @@ def test_a_label_is_not_shown_before_all_its_runs_are_recorded(toy_table):
         results("toy.fig", "record")
     second.execute().save(second.path)
     assert {r.label for r, _ in results("toy.fig", "record")} == {first.label}
+
+
+def test_the_work_of_a_switch_is_that_of_both_its_parts():
+    """Of a recorded one on Circles, whose learned steps cost twenty times SGD's."""
+    names = ["L2O", "SGD", "L2O, then SGD"]
+    found = experiments.curves(experiments.results("lgl2o.fig4", "record", names))
+    l2o, sgd, switch = (found[name]["flops"].mean().item() for name in names)
+    steps = int(found["SGD"]["steps"][-1])
+    assert switch * steps == pytest.approx(100 * l2o + (steps - 100) * sgd)
+    at, before, after = found["L2O, then SGD"]["turn"][0].tolist()
+    assert (at, before, after) == pytest.approx((100, l2o, sgd))
+    assert "turn" not in found["SGD"]

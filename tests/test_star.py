@@ -91,9 +91,9 @@ BASELINES = {
 
 def files(cases):
     """The files of these cases, of every set; at least one each."""
-    found = [p for c in cases for p in sorted(GOLDEN.glob(f"star_golden_?_{c}.npz"))]
-    assert len(found) >= len(cases)
-    return [pytest.param(path, id=path.stem[12:]) for path in found]
+    found = [sorted(GOLDEN.glob(f"star_golden_?_{case}.npz")) for case in cases]
+    assert all(found)
+    return [pytest.param(p, id=p.stem[12:]) for paths in found for p in paths]
 
 
 def case_of(path):

@@ -309,7 +309,8 @@ class MLPOptimizer:
         found = {}
         for family, decays in DECAYS.items():
             offset = meta[f"{family}_decays"]
-            one = offset.new_ones(())  # from the host a GPU could not capture it
+            # made on its device: a GPU could not capture a copy from the host
+            one = offset.new_ones(())
             logs = torch.stack([(1 - one * decay).log() / 10 for decay in decays])
             decay = 1 - (10 * (logs + offset)).exp()
             found[family] = 1 - (decay if family == "momentum" else decay.clamp(0, 1))
