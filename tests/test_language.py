@@ -1,12 +1,10 @@
 """Language models: against torch.nn modules, gradients, causality, counted work."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from test_optimizees import (
-    check_compiles,
     check_gradient,
     check_vmap,
     check_work,
@@ -109,11 +107,6 @@ def test_gradients_equal_finite_differences(name):
 @every_model
 def test_replicas_under_vmap_equal_a_loop(name):
     check_vmap(MODELS[name], text())
-
-
-@every_model
-def test_models_compile_whole(name):
-    check_compiles(replace(MODELS[name]), text())
 
 
 @every_model

@@ -1,7 +1,6 @@
 """Optimizees: layout, initial distribution, losses, gradients and counted work."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -374,23 +373,6 @@ def check_vmap(optimizee, batch) -> None:
     alone = [task.loss_and_grad(*one) for one in zip(params, idx, strict=True)]
     for values, separate in zip(together, zip(*alone, strict=True), strict=True):
         assert torch.allclose(values, torch.stack(separate), rtol=1e-11, atol=1e-14)
-
-
-@pytest.mark.parametrize("name", ["layer norm", "conv star", "resnet"])
-def test_stars_networks_compile_whole(name):
-    """No graph break, whatever is read first inside (see Layout)."""
-    optimizee, shape = STAR_NETWORKS[name]
-    check_compiles(replace(optimizee), items(shape, 3, 7))
-
-
-def check_compiles(optimizee, batch) -> None:
-    task, idx = Task(optimizee, data_set(*batch)), torch.arange(4)
-    params = perturbed(optimizee)
-    whole = torch.compile(task.loss_and_grad, backend="eager", fullgraph=True)
-    for found, expected in zip(
-        whole(params, idx), task.loss_and_grad(params, idx), strict=True
-    ):
-        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", STAR_NETWORKS)

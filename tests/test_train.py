@@ -149,29 +149,26 @@ def test_vmapped_and_plain_steps_agree(name, toy_data):
 
 
 @every_method
-def test_a_segment_is_its_pieces(name, toy_data):
-    """Joined, they are one call of the method, bit for bit; a compiler takes a piece
-    whole."""
+def test_a_segment_is_its_pieces(name, toy_data, monkeypatch):
+    """Joined, they are one call of the method, bit for bit; what is traced for the
+    compiler is a piece but for rounding."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     method = METHODS[name]
     job = work(method, steps=20, segment=20).job("cpu", False, metas_of(method))
     state = job.start()["method"]
     batches, held = job.batches(0)
-    torch.compiler.reset()
     with torch.no_grad():
         whole_state, whole = job.piece(state, batches, held)
         after, trace = job.segment(0, state, batches, held)
-        traced = torch.compile(job.piece, backend="eager", fullgraph=True)
-        first = 10 // method.interval
-        one = (batches[:, :10], None if held is None else held[:, :first])
-        compiled, _ = traced(state, *one)
+        traced = compiled(job.piece, True)
+        one = (batches[:, : method.interval], None if held is None else held[:, :1])
+        found, _ = traced(state, *one)
         plain, _ = job.piece(state, *one)
     assert set(trace) == set(whole)
     exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
     torch.testing.assert_close(trace, whole, **exact)
     torch.testing.assert_close(after, whole_state, **exact)
-    torch.testing.assert_close(
-        compiled["params"], plain["params"], rtol=0.0, atol=1e-4, equal_nan=True
-    )
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 class Graph:

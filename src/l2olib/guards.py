@@ -164,7 +164,7 @@ class LGL2O:
     test: Margin | Sequential | None = None
     radius: float | None = None
 
-    # What a subclass traces besides. (No super().traces: torch.compile cannot follow.)
+    # What a subclass traces besides.
     also: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -33,9 +33,6 @@ class Layout:
 
     shapes: dict[str, tuple[int, ...]]
 
-    # Not cached properties: in Python 3.11 these take a lock when first read, and code
-    # under torch.compile that takes a lock is not compiled.
-
     @property
     def sizes(self) -> dict[str, int]:
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
@@ -546,7 +543,6 @@ class Task:
 
     def __post_init__(self) -> None:
         self._value_and_grad = torch.func.grad_and_value(self.loss)
-        _ = self.optimizee.layout  # cached now, not under torch.compile: see Layout
 
     @property
     def items(self) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import records
@@ -175,11 +176,30 @@ def drive(
 
 
 def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
-    """``torch.compile`` as a flag: the same function, its element-wise work fused."""
+    """``torch.compile`` as a flag: the same function, its element-wise work fused.
+
+    It is traced before, once for all tensors of these shapes and types and these other
+    arguments: what ``vmap`` and ``torch.func.grad`` come to, as plain operations. To
+    see through these itself takes the compiler twice as long, and where the result is
+    differentiated it does not come to an end.
+    """
     if not on:
         return function
-    torch.compiler.reset()  # after eight jobs of one process it would give up, silently
-    return torch.compile(function, dynamic=False)
+    graphs: dict[Any, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        given, form = tree_flatten(args)
+        key = (
+            form,
+            *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given),
+        )
+        if key not in graphs:
+            with torch.no_grad():
+                graph = make_fx(function)(*args)
+            graphs[key] = torch.compile(graph, dynamic=False)
+        return graphs[key](*args)
+
+    return call
 
 
 class Captured:

@@ -35,6 +35,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..optimizees import Layout, truncated_normal
 from ..optimizers import Meta, State
@@ -76,7 +77,8 @@ def dense(weight: Tensor, bias: Tensor, x: Sequence[Tensor]) -> list[Tensor]:
     A matrix product; where the code is compiled and the layer small, written as sums
     instead: these fuse with what makes the channels, which then never reach memory.
     """
-    if torch.compiler.is_compiling() and weight.numel() <= 128:
+    compiling = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    if compiling and weight.numel() <= 128:
         out = []
         for column, start in zip(weight.unbind(1), bias, strict=True):
             total = start
