@@ -121,14 +121,15 @@ def test_lazy_keeps_the_rate_of_one_fallback_step(name, alpha):
         before = after
 
 
+@pytest.mark.parametrize("slack", [0.0, 0.1])
 @pytest.mark.parametrize("n_t", [1, 3])
 @pytest.mark.parametrize("name", PATHOLOGICAL)
-def test_with_a_shadow_it_never_ends_above_the_fallback_alone(name, n_t):
-    """f(x^k) <= f(s^k), s run here from the start (float64), whoever proposes; LGL2O
-    itself does not promise that (dossier, entry 8)."""
+def test_with_a_shadow_it_never_ends_above_the_fallback_alone(name, n_t, slack):
+    """f(x^k) <= (1 + slack) f(s^k), s run here from the start (float64), whoever
+    proposes; LGL2O itself does not promise that (dossier, entry 8)."""
     task = blobs()
     late = SGD(PowerDecay(0.5, 5.0), momentum=0.9)
-    guard = Shadow(PATHOLOGICAL[name], late, n_t=n_t, validation="full")
+    guard = Shadow(PATHOLOGICAL[name], late, n_t=n_t, validation="full", slack=slack)
     metas, state = metas_of(guard), guard.init(start_of(task))
     alone = Alone(late)
     other = alone.init(start_of(task))
@@ -136,9 +137,10 @@ def test_with_a_shadow_it_never_ends_above_the_fallback_alone(name, n_t):
         idx = batches(task, n_t, 8, seed=k)
         other, _ = alone.segment(task, {"optimizer": {}}, other, idx, None)
         state, trace = guard.segment(task, metas, state, idx, None)
-        below = task.full_loss(state["params"]) - task.full_loss(other["params"])
-        assert below <= 1e-14
-        assert trace["use_shadow"].item() == (below.item() >= 0)
+        bar = (1 + slack) * task.full_loss(other["params"])
+        assert task.full_loss(state["params"]) <= bar + 1e-14
+        same = torch.equal(state["params"], other["params"])
+        assert same or not trace["use_shadow"]
 
 
 def test_contraction_is_attained_when_all_curvatures_are_equal():
@@ -325,8 +327,9 @@ class Plain:
         items = self.task.optimizee.losses(x, (data.x[which], data.y[which])).tolist()
         return math.fsum(items) / len(items), items
 
-    def walk(self, who: str, d: list[float], size: int, apart: float, test) -> bool:
+    def walk(self, who: str, d: list[float], size: int, apart: float) -> bool:
         """Batch after batch until the sum is outside; the noise is the past's."""
+        test = self.guard.test
         if apart == 0:  # one and the same point: nothing is learned, nothing wins
             return False
         mean = math.fsum(d) / len(d)
@@ -341,17 +344,17 @@ class Plain:
                 return total < 0
         return False
 
-    def wins(self, who, a: list[float], b: list[float], apart: float, held, test):
-        """Whether items' losses ``a`` beat ``b`` by ``test``; the standard error."""
+    def wins(self, who: str, a: list[float], b: list[float], apart: float, held):
+        """Whether items' losses ``a`` beat ``b`` by the guard's test; the error."""
         d = [u - v for u, v in zip(a, b, strict=True)]
         mean = math.fsum(d) / len(d)
         spread = math.fsum((v - mean) ** 2 for v in d) / (len(d) - 1) / len(d)
         error = 0.0 if held is None else math.sqrt(spread)
-        if test is None:
+        if self.guard.test is None:
             return mean < 0, error
-        if isinstance(test, Margin):
-            return mean < -test.z * error, error
-        return self.walk(who, d, len(d) // self.guard.n_c, apart, test), error
+        if isinstance(self.guard.test, Margin):
+            return mean < -self.guard.test.z * error, error
+        return self.walk(who, d, len(d) // self.guard.n_c, apart), error
 
     def decide(self, idx: Tensor, held: Tensor | None) -> None:
         guard = self.guard
@@ -368,7 +371,7 @@ class Plain:
             f_z, items_z = f_z - ask, [v - ask for v in items_z]
         apart, way = math.dist(y, z), math.dist(z, self.x)
         between = math.dist(y, self.x) if isinstance(guard, Lazy) else apart
-        won, error = self.wins("guard", items_y, items_z, between, held, guard.test)
+        won, error = self.wins("guard", items_y, items_z, between, held)
         if guard.radius is not None:
             won = won and apart <= guard.radius * way
         losses, h_x = losses_y if won else losses_z, self.h
@@ -395,8 +398,8 @@ class Plain:
             self.s, self.o_s, losses_s = self.branch("fallback", self.o_s, idx, self.s)
             kept, alone = items_y if won else items_z, self.value(self.s, held)[1]
             apart = math.dist(self.x, self.s)
-            test = guard.stay or guard.test
-            if not self.wins("shadow", kept, alone, apart, held, test)[0]:
+            bar = [(1 + guard.slack) * v for v in alone]
+            if not self.wins("shadow", kept, bar, apart, held)[0]:
                 won, losses = False, losses_s
                 self.x, self.o = self.s, dict(self.o_s)
                 fresh = guard.proposal.init(self.x)
@@ -534,8 +537,8 @@ def test_lazy_equals_the_plain_algorithm(options):
         {"validation": "full"},
         {"test": Margin(0.3), "proposal_state": "reset"},
         {"test": Sequential(0.5), "proposal_state": "revert"},
-        {"stay": Margin(-0.3)},
-        {"test": Margin(0.3), "stay": Sequential(0.5)},
+        {"slack": 0.02},
+        {"test": Margin(0.3), "slack": 0.01},
     ],
     ids=str,
 )
@@ -548,23 +551,6 @@ def test_shadow_equals_the_plain_algorithm(options):
     )
     won = compare(guard, 12)
     assert 0 < sum(won) < len(won), "both outcomes must occur"
-
-
-def test_a_lenient_shadow_changes_nothing_until_it_leads():
-    """While nothing is proved it is LGL2O, to the bit; after that it is not."""
-    task, runs = blobs(), {}
-    for z in (None, -1e9, -0.5):
-        options = {} if z is None else {"stay": Margin(z)}
-        guard = (LGL2O if z is None else Shadow)(
-            Noise(0.3), GD, n_t=2, n_c=2, **options
-        )
-        state = guard.init(start_of(task))
-        idx, held = batches(task, 24, 8), held_out(task, guard, 12)
-        state, trace = guard.segment(task, metas_of(guard), state, idx, held)
-        runs[z] = state["params"], trace["loss"]
-    for plain, lenient, strict in zip(*runs.values(), strict=True):
-        assert torch.equal(plain, lenient)
-        assert not torch.equal(plain, strict)
 
 
 EITHER_SIDE = {
@@ -681,17 +667,18 @@ def test_wrong_lazy_guards_are_refused():
 
 
 def test_wrong_tests_of_noise_are_refused():
-    for z in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"^z must be a finite number, not {z}"):
-            Margin(z)
+    with pytest.raises(ValueError, match="^z must be at least 0, not -1"):
+        Margin(-1.0)
+    with pytest.raises(ValueError, match="^z must be at least 0, not nan"):
+        Margin(math.nan)
     with pytest.raises(ValueError, match="^c must be positive, not 0"):
         Sequential(0.0)
     with pytest.raises(ValueError, match="^memory must lie strictly between"):
         Sequential(memory=1.0)
     with pytest.raises(ValueError, match="^the full loss has no noise"):
         LGL2O(LSTM, GD, validation="full", test=Margin())
-    with pytest.raises(ValueError, match="^the full loss has no noise"):
-        Shadow(LSTM, GD, validation="full", stay=Margin(-3.0))
+    with pytest.raises(ValueError, match="^slack must be at least 0, not -1"):
+        Shadow(LSTM, GD, slack=-1.0)
 
 
 def test_lazy_knows_how_far_it_has_come():

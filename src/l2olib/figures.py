@@ -32,7 +32,7 @@ _METHODS = {
     "LGL2O reset": (_PURPLE, "-", "X"),
     "LGL2O reset, margin": (_BLUE, "-", "p"),
     "LGL2O shadow": (_SKY, "-", "*"),
-    "LGL2O lenient shadow": (_GREEN, "-", "d"),
+    "LGL2O shadow 1%": (_GREEN, "-", "d"),
     "LGL2O over SGD": (_RED, "-", "s"),
     "LGL2O over SGD+momentum": (_SKY, "-", "D"),
     "LGL2O over Adam": (_ORANGE, "-", "P"),

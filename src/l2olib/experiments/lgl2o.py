@@ -80,7 +80,7 @@ def lgl2o_methods(
         "LGL2O shadow": Shadow(
             LSTM, fallback, proposal_state="reset", test=Margin(3.0)
         ),
-        "LGL2O lenient shadow": Shadow(LSTM, fallback, stay=Margin(-3.0)),
+        "LGL2O shadow 1%": Shadow(LSTM, fallback, slack=0.01),
         "L2O, then SGD": Switch(LSTM, fallback, 100),
         "LGL2O of Adam": LGL2O(by_adam, fallback),
     }
