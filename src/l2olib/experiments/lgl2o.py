@@ -211,7 +211,7 @@ CONV5 = {
 }
 
 _SMALL = {"batch": 32, "steps": 50, "seeds": 5, "replicas": 5, "audit_every": 1}
-_FEW = _SMALL | {"seeds": 1, "replicas": 1, "segment": 10}
+_FEW = _SMALL | {"seeds": 1, "replicas": 1, "segment": 10, "sample": 200}
 _PAPER = {"steps": 100_000, "seeds": 25, "replicas": 25}
 _TEN = {"steps": 100_000, "seeds": 10, "replicas": 10}
 
