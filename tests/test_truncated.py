@@ -167,6 +167,16 @@ def test_equals_a_plain_loop_with_torch_adam(toy_data, order):
     assert torch.allclose(arrays["snapshots"][-1], final, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", ["first", "full"])
+def test_what_is_traced_for_the_compiler_is_the_update(toy_data, monkeypatch, order):
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    config = small(order=order)
+    plain, traced = (
+        drive(MetaTrainingJob(config, compile=compile))[0] for compile in (False, True)
+    )
+    torch.testing.assert_close(traced, plain)
+
+
 def test_a_gradient_that_is_not_finite_is_not_taken(toy_data, monkeypatch):
     """One of six, in the second rollout: before and after it Adam moves them."""
     real, calls = truncated.meta_gradient, []

@@ -187,17 +187,21 @@ def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
         return function
     graphs: dict[Any, Callable[..., Any]] = {}
 
-    def call(*args: Any) -> Any:
-        given, form = tree_flatten(args)
+    def call(*args: Any, **named: Any) -> Any:
+        given, form = tree_flatten((args, named))
         key = (
             form,
             *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given),
         )
         if key not in graphs:
+
+            def flat(*given: Any) -> Any:
+                args, named = tree_unflatten(given, form)
+                return function(*args, **named)
+
             with torch.no_grad():
-                graph = make_fx(function)(*args)
-            graphs[key] = torch.compile(graph, dynamic=False)
-        return graphs[key](*args)
+                graphs[key] = torch.compile(make_fx(flat)(*given), dynamic=False)
+        return graphs[key](*given)
 
     return call
 
