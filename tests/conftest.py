@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import notebooks
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 # Set before torch is imported, here and in the kernels of the notebooks: two test
 # processes use two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+notebooks.use_socket_files()
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import nbformat
+import notebooks
 import papermill
 import pytest
 from nbformat import NotebookNode
@@ -81,16 +81,6 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def tool() -> ModuleType:
-    """Import the notebook tool, which is a script and not part of the package."""
-    sys.path.insert(0, str(TOOL.parent))
-    try:
-        import notebooks
-    finally:
-        sys.path.remove(str(TOOL.parent))
-    return notebooks
-
-
 # Form
 
 
@@ -140,7 +130,7 @@ def test_notebook_is_small_and_in_normal_form(path: Path) -> None:
             assert figure < MAX_FIGURE_BYTES, f"thin what is drawn in\n{cell.source}"
             size -= figure
     assert size < MAX_TEXT_BYTES
-    assert tool().is_normal(path), "write it with make notebooks"
+    assert notebooks.is_normal(path), "write it with make notebooks"
     cells = nbformat.reads(text, as_version=4).cells
     words = json.dumps([{**cell, "outputs": text_of(cell)} for cell in cells])
     assert not re.search(
@@ -234,15 +224,15 @@ def demo(source: str = 'print("loss 0.123")') -> NotebookNode:
         ),
         nbformat.v4.new_code_cell(source),
     ]
-    return tool().normalise(nbformat.v4.new_notebook(cells=cells))
+    return notebooks.normalise(nbformat.v4.new_notebook(cells=cells))
 
 
 @pytest.fixture
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty book folder that the tool works on."""
-    monkeypatch.setattr(tool(), "ROOT", tmp_path)
-    monkeypatch.setattr(tool(), "BOOK", tmp_path / "book")
-    monkeypatch.setattr(tool(), "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "BOOK", tmp_path / "book")
+    monkeypatch.setattr(notebooks, "SCRATCH", tmp_path / "scratch")
     (tmp_path / "book").mkdir()
     return tmp_path / "book"
 
@@ -253,15 +243,15 @@ def test_build_writes_the_same_file_twice(book: Path) -> None:
     notebook = demo()
     notebook.metadata.kernelspec.name = "venv-of-mine"
     nbformat.write(notebook, path)
-    assert tool().main(["build", "--check"]) == 1
-    assert tool().main(["build", "demo"]) == 0
+    assert notebooks.main(["build", "--check"]) == 1
+    assert notebooks.main(["build", "demo"]) == 0
     first = path.read_bytes()
     assert b"loss 0.123" in first
-    assert tool().main(["build", "book/demo.ipynb"]) == 0
+    assert notebooks.main(["build", "book/demo.ipynb"]) == 0
     assert path.read_bytes() == first
-    assert tool().main(["build", "--check"]) == 0
+    assert notebooks.main(["build", "--check"]) == 0
     path.write_bytes(first.replace(b"cell-01", b"cell-99"))
-    assert tool().main(["build", "--check"]) == 1
+    assert notebooks.main(["build", "--check"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -278,9 +268,28 @@ def test_build_leaves_a_failing_notebook_alone(
     path = book / "demo.ipynb"
     nbformat.write(demo(source), path)
     before = path.read_bytes()
-    assert tool().main(["build"]) == 1
+    assert notebooks.main(["build"]) == 1
     assert message in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_kernels_take_no_port(book: Path) -> None:
+    """A port that was free may not be when a kernel binds it; a file of its own is."""
+    source = (
+        "from ipykernel.kernelapp import IPKernelApp\n"
+        "app = IPKernelApp.instance()\n"
+        "print(app.transport, app.ip)"
+    )
+    path = book / "demo.ipynb"
+    seen = []
+    for _ in range(2):
+        nbformat.write(demo(source), path)
+        assert notebooks.main(["build"]) == 0
+        [said] = text_of(nbformat.read(path, as_version=4).cells[-1])
+        seen.append(said.split())
+    (transport, first), (_, second) = seen
+    assert transport == "ipc"
+    assert Path(first).is_absolute() and first != second
 
 
 def test_chapter_passes_typed_parameters(book: Path) -> None:
@@ -288,14 +297,16 @@ def test_chapter_passes_typed_parameters(book: Path) -> None:
     path = book / "demo.ipynb"
     nbformat.write(demo("print(profile, repr(seeds))"), path)
     before = path.read_bytes()
-    output = tool().run_chapter("demo", "smoke", tool().parse_parameters("seeds=5"))
+    output = notebooks.run_chapter(
+        "demo", "smoke", notebooks.parse_parameters("seeds=5")
+    )
     assert text_of(nbformat.read(output, as_version=4).cells[-1]) == ["smoke 5\n"]
     assert path.read_bytes() == before
 
 
 def test_parameters_are_read_as_python_values() -> None:
     """Literals keep their type; anything else is a string."""
-    read = tool().parse_parameters(
+    read = notebooks.parse_parameters(
         "a=3 b=1e-3 c=digits d=True 'e=[1, 2]' f='two words'"
     )
     assert read == {
@@ -332,7 +343,7 @@ def test_tool_refuses_with_one_sentence(
 ) -> None:
     """Wrong names, wrong words and a failing chapter give exit status 1."""
     nbformat.write(demo('{}["no"]'), book / "demo.ipynb")
-    assert tool().main(arguments) == 1
+    assert notebooks.main(arguments) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1] == message
 
 
@@ -378,7 +389,7 @@ def test_nbval_notices_a_changed_number_but_not_a_redrawn_figure(
     )
     path = book / "demo.ipynb"
     nbformat.write(demo(source), path)
-    assert tool().main(["build"]) == 0
+    assert notebooks.main(["build"]) == 0
     written = path.read_text()
     redrawn = nbformat.reads(written, as_version=4)
     for output in redrawn.cells[-1].outputs:

@@ -10,9 +10,13 @@ file and a difference in git is a difference in content.
 
 import argparse
 import ast
+import atexit
 import re
 import shlex
+import shutil
 import sys
+import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,28 @@ ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 SCRATCH = ROOT / "_build" / "chapters"
 
-# Each kernel start logs that it talks to this machine's own ports unencrypted.
-QUIET = ["--IPKernelApp.log_level=ERROR"]
-
 
 class NotebookError(Exception):
     """Something about a notebook that its author must mend; one sentence."""
+
+
+def use_socket_files() -> None:
+    """Let the kernels that this process starts talk to it over files of their own.
+
+    Jupyter's way is a free TCP port, which another program may have taken by the time
+    the kernel binds it: of some hundred starts side by side, one fails.
+    """
+    from jupyter_client import KernelManager
+
+    folder = tempfile.mkdtemp(prefix="l2o-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    start = KernelManager.__init__
+
+    def start_on_files(self: KernelManager, *args: Any, **kwargs: Any) -> None:
+        place = f"{folder}/{uuid.uuid4().hex}"
+        start(self, *args, **{"transport": "ipc", "ip": place, **kwargs})
+
+    KernelManager.__init__ = start_on_files  # type: ignore[method-assign]
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:
@@ -129,7 +149,6 @@ def build(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
-        extra_arguments=QUIET,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
@@ -193,7 +212,6 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
             partly,
             parameters,
             cwd=path.parent,
-            extra_arguments=QUIET,
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
         )
@@ -236,4 +254,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_socket_files()
     sys.exit(main())
