@@ -680,6 +680,8 @@ def test_wrong_tests_of_noise_are_refused():
         LGL2O(LSTM, GD, validation="full", test=Margin())
     with pytest.raises(ValueError, match="^slack must be at least 0, not -1"):
         Shadow(LSTM, GD, slack=-1.0)
+    with pytest.raises(ValueError, match="^slack goes with a Margin or no test, not"):
+        Shadow(LSTM, GD, test=Sequential(), slack=0.01)
 
 
 def test_lazy_knows_how_far_it_has_come():

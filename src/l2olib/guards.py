@@ -457,12 +457,14 @@ class Shadow(LGL2O):
 
     With the full loss therefore f(x^k) <= f(s^k) at every decision: the guarded run is
     never worse than its fallback ALONE, for any optimizers and any f. With a noisy
-    criterion the excess over f(s^k) is the harm of one decision; it does not add up,
-    because s^k is on offer again each time (ours; the book, Theorem V).
+    criterion the excess over f(s^k) is at most the harm of two tests at this decision;
+    it does not add up, because s^k is on offer again each time (ours; the book, Theorem
+    V). Nothing is promised of the steps between two decisions.
 
-    With ``slack`` x+ has to beat 1 + slack times the loss of s, a loss that is not
-    negative: small leads and losses are LGL2O's own affair, and f(x^k) <= (1 + slack)
-    f(s^k).
+    With ``slack``, for a loss that is not negative, x+ has to beat only 1 + slack times
+    the loss of s: below that LGL2O decides alone, and f(x^k) <= (1 + slack) f(s^k). Not
+    with a `Sequential` test, whose barrier shrinks with the distance from s, as those
+    differences do not.
     """
 
     slack: float = later(0.0)
@@ -473,6 +475,8 @@ class Shadow(LGL2O):
         super().__post_init__()
         if not self.slack >= 0:
             raise ValueError(f"slack must be at least 0, not {self.slack}")
+        if self.slack and isinstance(self.test, Sequential):
+            raise ValueError("slack goes with a Margin or no test, not with Sequential")
 
     def init(self, params: Tensor) -> State:
         shadow: State = {"params": params, "optimizer": self.fallback.init(params)}
@@ -511,14 +515,15 @@ class Shadow(LGL2O):
             better, tested, _ = self.test(l_x - bar, (x - s).norm(), past)
             shadow["test"] = select(x_ok & s_ok, tested, past)
         back = s_ok & ~(x_ok & better)
-        lost = {
-            "carry": after["proposal"],
-            "revert": state["proposal"],
-            "reset": self.proposal.init(x),
-        }[self.proposal_state]
         return after | {
             "params": torch.where(back, s, x),
-            "proposal": select(back, lost, after["proposal"]),
+            "proposal": self._proposal_after(
+                ~back,
+                torch.zeros_like(back),
+                state["proposal"],
+                after["proposal"],
+                x,
+            ),
             "fallback": select(back, shadow["optimizer"], after["fallback"]),
             "shadow": shadow,
         }, trace | {
