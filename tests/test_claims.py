@@ -56,6 +56,7 @@ from l2olib.claims.kinds import (
     Wins,
     WorseStart,
     ending,
+    fails,
     holm,
     sign_flip,
 )
@@ -733,7 +734,7 @@ def test_divergence_on_tasks():
     up = on_tasks(1.0, 1.0, 1.0, fall=-0.9)
     flat_ones = on_tasks(1.0, 1.0, 1.0, method="B")
     curves, tasks = up | flat_ones, ("0", "1", "2")
-    test = DivergesOn("f", tasks, "A")
+    test = DivergesOn("f", tasks, "A", horizon=1_000)
     assert test(curves).passed and test(curves).measured == "diverges on 0, 1, 2"
     assert not replace(test, method="B")(curves).passed
     assert replace(test, method="B", expected=False)(curves).passed
@@ -741,6 +742,27 @@ def test_divergence_on_tasks():
     curves["2, A"] = flat_ones["2, B"]
     assert not test(curves).passed
     assert replace(test, share=0.6)(curves).passed
+    # A run shorter than the horizon decides only by diverging.
+    long = replace(test, horizon=1_001)
+    assert replace(long, share=0.6)(curves).passed
+    for undecided in (long, replace(long, method="B", expected=False)):
+        with pytest.raises(NotTestable, match="2 end before step 1,001"):
+            undecided(curves)
+    assert not replace(long, expected=False)(curves).passed
+
+
+def test_a_run_that_explodes_at_once_fails():
+    """Divergence looks from step 300 on, and sees nothing there."""
+    losses = torch.full((6, 1_000), 500.0)
+    losses[:, :100] = torch.linspace(2.3, 500.0, 100)
+    losses[0] = torch.linspace(2.3, 2.0, 1_000)
+    arrays = run(losses)
+    assert not divergence(arrays)[0].any()
+    assert fails(arrays).tolist() == [False] + 5 * [True]
+    assert DivergesOn("f", ("0",), "A", horizon=1_000)({"0, A": arrays}).passed
+    creeping = run(torch.linspace(1e4, 6.7e3, 1_000).expand(6, -1).clone())
+    creeping["bin_mean"][:, 0] = 2.3
+    assert not Descends("f", ("0",), ("A",))({"0, A": creeping}).passed
 
 
 def test_descends_takes_the_better_of_its_methods_on_each_task():
@@ -751,6 +773,9 @@ def test_descends_takes_the_better_of_its_methods_on_each_task():
     curves["1, A"] = run(torch.full((6, 1_000), 20.0))
     assert not Descends("f", tasks, ("A",))(curves).passed
     assert Descends("f", tasks, ("A",))(curves).measured.endswith("not 1")
+    barely = on_tasks(1.0, 1.0, method="D", fall=0.015)
+    assert not Descends("f", tasks, ("D",))(barely).passed
+    assert Descends("f", tasks, ("D",), by=0.001)(barely).passed
     falling = on_tasks(0.5, 0.5, method="C", fall=0.5)
     assert Descends("f", tasks, ("A", "C"))(curves | falling).passed
 
@@ -777,6 +802,7 @@ def test_verdicts():
     missing = Lower("f", "A", "C", WINDOW)
     assert verdict_of(claim(missing), CURVES).verdict == "not testable yet"
     assert verdict_of(claim(A_WINS, missing), CURVES).verdict == "partly"
+    assert verdict_of(claim(B_WINS, missing), CURVES).verdict == "not testable yet"
 
 
 def test_swapped_labels_flip_the_verdict():

@@ -77,7 +77,12 @@ def test_run_only_some_and_redo(toy_table, cli):
     status, out, _ = cli("run", "toy.fig", "--only", "*/1")
     assert status == 0 and len(out) == 6
     assert cli("run", "toy.fig", "--only", "SGD/1")[1] == []
+    run = next(r for r in experiments.find("toy.fig")[0].runs("laptop")
+               if r.name == "SGD/1")  # fmt: skip
+    run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    run.checkpoint.write_text("begun by somebody")
     assert len(cli("run", "toy.fig", "--only", "SGD/1", "--redo")[1]) == 2
+    assert not run.checkpoint.exists()
     refused(
         cli("run", "toy.fig", "--only", "SDG*"),
         "toy.fig has no run 'SDG*' at profile laptop",
@@ -203,9 +208,11 @@ def test_what_a_run_needs_may_come_after_it(toy_table, cli, monkeypatch):
     assert cli("run", "toy.*") == (0, [], [])
 
 
-def test_weights_of_another_architecture(toy_table, cli):
+def test_weights_of_another_architecture(toy_table, cli, monkeypatch):
+    """Of weights that the table knows another sentence is said: they are stale."""
     cli("run", "toy.train")
     (run,) = experiments.find("toy.train")[0].runs("laptop")
+    monkeypatch.delitem(experiments.EXPERIMENTS, "toy.train")
     old = Record.load(run.path)
     config = old.config | {"work": old.config["work"] | {"optimizer": {"hidden": 9}}}
     Record(config, old.arrays, old.provenance).save(run.path)

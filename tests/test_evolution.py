@@ -432,6 +432,24 @@ def test_what_is_traced_for_the_compiler_is_the_step(estimator, toy_data, monkey
     assert torch.allclose(traced.losses, plain.losses, rtol=1e-4)
 
 
+def test_an_unroll_that_explodes_counts_as_zero():
+    """The others of an estimate by back-propagation keep their share."""
+    backward = BackPropagation(2, 1, 5)
+
+    def step(meta, params, state, idx):
+        return (meta * params).sum(), params, state
+
+    def begin(pair, episode):
+        return torch.tensor([math.inf if pair else 3.0]), {"x": torch.zeros(1)}
+
+    meta = torch.tensor([2.0])
+    state = backward.start(meta, begin)
+    found, _ = backward.estimate(
+        over_pairs(step), begin, meta, torch.zeros(2, 1), state, torch.zeros(2, 1, 1)
+    )
+    assert found.per_pair.tolist() == [[3.0], [0.0]]
+
+
 def test_an_iteration_is_one_step_of_torch_adamw(toy_data):
     config = small(iterations=3, clip=0.02)
     job = EvolutionJob(config)

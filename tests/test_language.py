@@ -116,7 +116,7 @@ def test_work_equals_what_torch_counts(name):
 
 @every_model
 def test_a_fresh_model_knows_nothing(name):
-    """A loss near ln(vocabulary), at the sizes of the tasks."""
+    """A loss near ln(vocabulary), at the widths of the tasks."""
     sizes = {"lstm": LSTMLanguageModel, "transformer": TransformerLanguageModel}
     model = sizes[name](500, 16)
     words = torch.arange(64).view(4, 16) * 7 % 500

@@ -166,6 +166,7 @@ def test_errors_count_wrong_answers():
     logits = task.optimizee.logits(params, task.data.train.x)
     wrong = (logits[:, 1] > logits[:, 0]).long() != task.data.train.y
     assert task.test_error(params).item() == pytest.approx(wrong.double().mean().item())
+    assert task.test_error(params * math.nan).isnan()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 48, 1000])

@@ -111,7 +111,7 @@ def test_one_seed_alone_is_bit_identical(method, steps):
 
 
 def test_a_short_last_group_is_padded(toy_data):
-    """Seeds 2 and 3 of a group of three (3, 4, 5 would be its own): computed whole."""
+    """Seed 4 of the group 3, 4, 5, which is computed whole."""
     config = work(METHODS["guard"], seeds=(4,), replicas=3)
     assert list(config.group) == [3, 4, 5]
     whole = outcome(replace(config, seeds=(3, 4, 5)))

@@ -153,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
             if state == "done":
                 return True
         say(f"{item.experiment} {item.name} ({item.profile})")
+        if args.redo and first:
+            item.checkpoint.unlink(missing_ok=True)
         record = (None if args.redo else item.twin()) or execute(item, args, left)
         if first:
             record.save(item.path)

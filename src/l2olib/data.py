@@ -367,9 +367,20 @@ def _pixel_digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def _read_tiny32(root: Path) -> tuple[Split, Split, int]:
-    """Return the pictures at 32x32: each pixel the rounded mean of 2x2."""
+    """Return the pictures at 32x32: each pixel the rounded mean of 2x2.
+
+    In a fixed random order, where those at 64x64 come class by class: a sample of the
+    first ones then has all classes, and so have the batches of a batch norm.
+    """
     *splits, classes = _read_tiny(root)
-    train, test = (Split(_halved(split.x), split.y) for split in splits)
+    order = torch.Generator().manual_seed(0)
+    train, test = (
+        Split(_halved(x[mixed]), y[mixed])
+        for x, y, mixed in (
+            (split.x, split.y, torch.randperm(len(split), generator=order))
+            for split in splits
+        )
+    )
     return train, test, classes
 
 

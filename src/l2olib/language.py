@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .optimizees import Batch, Layout, normalized, truncated_start
+from .optimizees import Batch, Layout, normalized, truncated_start, wrong
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _LanguageModel:
         """Share of the words of each item that are not the likeliest one ``[B]``."""
         x, y = batch
         logits = self.logits(params, x)
-        return (logits.argmax(-1) != y).to(logits.dtype).mean(1)
+        return wrong(logits, y).mean(1)
 
 
 @dataclass(frozen=True)

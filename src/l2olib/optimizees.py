@@ -196,6 +196,12 @@ def work(items: int, layers: Sequence[int], gradient: bool) -> int:
 # ---- networks for pictures and points ------------------------------------------------
 
 
+def wrong(logits: Tensor, y: Tensor) -> Tensor:
+    """0/1 errors of the likeliest of the last axis; NaN where a score is not finite."""
+    missed = (logits.argmax(-1) != y).to(logits.dtype)
+    return torch.where(logits.isfinite().all(-1), missed, torch.nan)
+
+
 @dataclass(frozen=True)
 class _Classifier:
     """Shared by networks that end in log-softmax and negative log-likelihood."""
@@ -211,7 +217,7 @@ class _Classifier:
         """Per-item 0/1 errors ``[B]``."""
         x, y = batch
         logits = self.logits(params, x)
-        return (logits.argmax(-1) != y).to(logits.dtype)
+        return wrong(logits, y)
 
 
 @dataclass(frozen=True)

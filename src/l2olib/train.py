@@ -125,6 +125,7 @@ def drive(
     time_limit: float | None = None,
     device: str = "cpu",
     report: Callable[[int, int], None] | None = None,
+    origins: list[dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Run ``job`` to its end; return its arrays and the seconds it took in all.
 
@@ -134,8 +135,11 @@ def drive(
 
     ``key`` names the configuration: a checkpoint of another one is refused with
     :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in seconds.
+    ``origins``, facts about this process, are kept in the checkpoint; those of the
+    processes that it has been through are put before them.
     """
     keep_memory()
+    origins = [] if origins is None else origins
     clock = time.monotonic if device.startswith("cuda") else time.process_time
     began, worked, earlier = time.monotonic(), clock(), 0.0
     if checkpoint is not None and agreed(checkpoint.exists()):
@@ -146,6 +150,7 @@ def drive(
                 "configuration: delete it to start afresh"
             )
         state, earlier = records.unflatten(arrays), metadata["seconds"]
+        origins[:0] = metadata.get("origins", [])
     else:
         state = job.start()
 
@@ -154,7 +159,7 @@ def drive(
 
     def save() -> None:
         if checkpoint is not None and ranks()[0] == 0:
-            metadata = {"key": key, "seconds": elapsed()}
+            metadata = {"key": key, "seconds": elapsed(), "origins": origins}
             records.write(checkpoint, records.flatten(state), metadata)
 
     saved = time.monotonic()

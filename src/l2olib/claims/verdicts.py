@@ -166,7 +166,7 @@ def _verdict(row: Sequence[tuple[Any, Outcome | str]], p: float | None) -> str:
         return "not testable yet"
     passed = sum(o.passed for o in outcomes)
     if passed == 0:
-        return "not reproduced"
+        return "not reproduced" if len(outcomes) == len(row) else "not testable yet"
     if passed == len(row) and (p is None or p < ALPHA):
         return "reproduced"
     return "partly"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class Run:
     def trained(self) -> dict[str, Record]:
         """The meta-training records whose weights the work needs, by role."""
         names = getattr(self.work, "weights", {})
-        return {role: load_weights(name) for role, name in names.items()}
+        kept = self.profile != "smoke"
+        return {role: load_weights(name, kept) for role, name in names.items()}
 
     @cached_property
     def tuning(self) -> Run | None:
@@ -116,11 +118,12 @@ class Run:
         try:
             config = self.config
         except (records.Missing, records.Stale):
-            needs = {
-                name.removesuffix(BEST)
-                for name in self.work.weights.values()
-                if not weights_path(name).exists()
-            }
+            needs = set()
+            for name in self.work.weights.values():
+                try:
+                    load_weights(name, self.profile != "smoke")
+                except (records.Missing, records.Stale):
+                    needs.add(name.removesuffix(BEST))
             if self.tuning is not None and self.tuning.state() != "done":
                 needs.add(f"{self.tuning.experiment} {self.tuning.name}")
             return "needs " + ", ".join(sorted(needs))
@@ -165,7 +168,10 @@ class Run:
         if getattr(self.work, "on_cpu", False):  # small, in double precision
             device, compile = "cpu", False
         repeatable()
-        records.commit(), records.source_digest()  # of what runs, not of what is edited
+        # Before the run: of what runs, not of what is edited meanwhile.
+        tests, source = claims.hashes_for(self.experiment), records.source_digest()
+        here = {"commit": records.commit(), "source": source, "claims": tests}
+        origins: list[dict[str, Any]] = [here]
         metas = {k: weights_of(r, self.work, k) for k, r in self.trained.items()}
         if isinstance(self.work, Training):
             for role in self.work.method.optimizers:
@@ -178,15 +184,24 @@ class Run:
             time_limit=time_limit,
             device=device,
             report=report,
+            origins=origins,
         )
         facts = records.provenance(
             device=device,
             seconds=seconds,
             compiled=compile,
             profile=self.profile,
-            claims=claims.hashes_for(self.experiment),
             **self._data_facts(),
         )
+        # A test counts as older than a record if it is older than all its pieces.
+        facts["claims"] = {
+            name: text
+            for name, text in tests.items()
+            if all(piece["claims"].get(name) == text for piece in origins)
+        }
+        earlier = {p["commit"] for p in origins if p["source"] != source}
+        if earlier:
+            facts["begun"] = sorted(earlier)  # by other code than that which ended it
         return Record(self.config, arrays, facts)
 
     def _data_facts(self) -> dict[str, str]:
@@ -206,17 +221,36 @@ def weights_path(name: str) -> Path:
     )
 
 
-def load_weights(name: str) -> Record:
-    """Read meta-trained weights ``data/optimizers/NAME.safetensors``."""
+@lru_cache(maxsize=1)
+def _meta_trainings(table: tuple[Experiment, ...]) -> dict[str, Run]:
+    """The runs of a table whose records are weights, by their names."""
+    return {
+        run.name: run
+        for entry in table
+        for profile in entry.profiles
+        if profile != "smoke"
+        for run in entry.runs(profile)
+        if isinstance(run.work, MetaWork)
+    }
+
+
+def load_weights(name: str, current: bool = True) -> Record:
+    """Read meta-trained weights ``data/optimizers/NAME.safetensors``.
+
+    RecordError if they are absent or damaged, or stale: from another meta-training than
+    the one which the table calls so (unless any are welcome: ``current=False``). Names
+    that the table does not have are read as they are.
+    """
     path = weights_path(name)
+    name = name.removesuffix(BEST)
     if not path.exists():
-        name = name.removesuffix(BEST)
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise records.Missing(
             f"there are no weights {name}: meta-train them first, or choose one of "
             f"{', '.join(known) or '(none yet)'}"
         )
-    return Record.load(path)
+    made = _meta_trainings(tuple(EXPERIMENTS.values())).get(name) if current else None
+    return Record.load(path, made.config if made else None)
 
 
 def best_snapshot(record: Record) -> int:
@@ -252,7 +286,7 @@ def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
 # ---- experiments ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Experiment:
     """A figure or table: its title, the chapter that shows it, and its runs.
 
@@ -460,7 +494,8 @@ def summary(curves: claims.Curves) -> str:
     ]
     for name, a in curves.items():
         cells = [f"{a[k][:, -1].median():.3g}" for k in ("full_loss", "test_loss")]
-        cells += [f"{a['test_error'][:, -1].median():.1%}"]
+        error = a["test_error"][:, -1].median().item()
+        cells += [f"{error:.1%}" if math.isfinite(error) else ""]
         cells += [f"{a['flops'].mean() / 1e6:.3g}"]
         accepted = diverged = ""
         if "use_l2o" in a:

@@ -245,7 +245,8 @@ class BackPropagation(Online):
     Each of ``unrolls`` is differentiated through one truncation, second derivatives of
     the optimizee included; parameters and state at its start are taken for given. That
     costs three times the steps themselves. A truncation as long as the horizon is
-    back-propagation through the whole unroll. Restarts (``"free"``) as with
+    back-propagation through the whole unroll. Derivatives of an unroll that are not
+    finite count as zero, as PES's cut-off losses do. Restarts (``"free"``) as with
     :class:`PES`, whose interface this is; its perturbations are zero.
     """
 
@@ -284,7 +285,8 @@ class BackPropagation(Online):
             losses, trained, _, new = self.unroll(step, begin, metas, state, batches)
             (per_unroll,) = torch.autograd.grad(losses.mean(1).sum(), metas)
         new = tree_map(Tensor.detach, new)
-        return Estimate(per_unroll[:, 0], losses.detach(), trained), new
+        finite = per_unroll[:, 0].nan_to_num(0.0, 0.0, 0.0)
+        return Estimate(finite, losses.detach(), trained), new
 
 
 def es(pairs: int = 4, horizon: int = 50, sigma: float = 0.01) -> PES:
