@@ -184,7 +184,7 @@ def test_page_works_without_network(site: Path, page: Page, name: str) -> None:
 
 @each_page
 def test_page_fits_a_telephone(site: Path, page: Page, name: str) -> None:
-    """At 375 px nothing moves the page sideways; figures fit into the column."""
+    """At 375 px nothing moves the page sideways, figures fit, lists have marks."""
     page.set_viewport_size({"width": 375, "height": 800})
     show(page, site / f"{name}.html")
     wide = page.evaluate(
@@ -198,6 +198,11 @@ def test_page_fits_a_telephone(site: Path, page: Page, name: str) -> None:
     for image in page.locator("article img").all():
         box = image.bounding_box()
         assert box and box["x"] + box["width"] <= 375
+    # Marks stand outside of their item, which must not cut them off.
+    cut = "li => getComputedStyle(li).overflowX !== 'visible'"
+    assert not page.evaluate(
+        f"() => [...document.querySelectorAll('article li')].some({cut})"
+    )
 
 
 def test_search_works_from_disk(site: Path, page: Page) -> None:
