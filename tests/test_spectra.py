@@ -73,6 +73,23 @@ def test_the_krylov_space_of_a_long_vector_finds_the_rim():
     assert residuals[left] < 1e-6
 
 
+def test_units_do_not_matter():
+    """A step in units from 1e-8 to 1e8, whose derivative has a norm of 1e15."""
+    gen = torch.Generator().manual_seed(0)
+    plain = torch.randn(60, 60, generator=gen, dtype=torch.float64) / 60**0.5
+    plain[0, 0] += 3
+    units = torch.logspace(-8, 8, 60, dtype=torch.float64)
+    units = units[torch.randperm(60, generator=gen)]
+    scaled = units[:, None] * plain / units
+    at = torch.zeros(60, dtype=torch.float64)
+    d = spectra.balanced(lambda x: scaled @ x, at)
+    assert scaled.norm() > 1e14 and (scaled * d / d[:, None]).norm() < 10 * plain.norm()
+    found, _ = spectra.ritz_values(lambda x: scaled @ x, at, 30)
+    expected = torch.linalg.eigvals(plain)
+    largest = expected[expected.abs().argmax()]
+    assert (found[0] - largest).abs() < 1e-6
+
+
 def test_an_exhausted_space_leaves_nan():
     found, residuals = values(quadratic(2.0, 2.0), SGD(constant(0.3)), 2, 4)
     assert found[0].real.item() == pytest.approx(0.4)

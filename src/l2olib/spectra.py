@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vjp
 from torch.utils import _pytree as pytree
 
 from .optimizees import Task
@@ -58,23 +58,48 @@ def step_map(
     return step, torch.cat([v.flatten() for v in point])
 
 
+def balanced(
+    function: Callable[[Tensor], Tensor], at: Tensor, sweeps: int = 4, seed: int = 0
+) -> Tensor:
+    """Units ``d [n]`` in which the derivative of ``function`` is well scaled.
+
+    In them it is D^-1 J D, which has the eigenvalues of J. A sweep makes the norms of
+    its rows and columns alike, as products with a vector of random signs tell them
+    (KrylovAtz of Chen and Demmel, Balancing sparse matrices for computing eigenvalues,
+    2000). An optimizer that divides by root mean squares needs it: where a gradient
+    nearly vanishes, entries of J are in the billions, and Arnoldi sees nothing else.
+    """
+    d = torch.ones_like(at)
+    draws = torch.Generator().manual_seed(seed)
+    pull = vjp(function, at)[1]
+    for _ in range(sweeps):
+        signs = (torch.randint(0, 2, at.shape, generator=draws) * 2 - 1).to(at)
+        rows = (jvp(function, (at,), (signs * d,))[1] / d).abs()
+        columns = (pull(signs / d)[0] * d).abs()
+        scaled = (rows > 0) & (columns > 0) & (rows / columns).isfinite()
+        d = torch.where(scaled, d * (rows / columns).sqrt(), d)
+    return d
+
+
 def ritz_values(
     function: Callable[[Tensor], Tensor], at: Tensor, size: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the derivative of ``function`` at ``at [n]``, by Arnoldi.
 
-    Returns ``size`` Ritz values (complex) and the norms of their residuals, by falling
-    modulus; those at the rim of the spectrum settle first, which the residual tells.
-    Where the Krylov space is exhausted (a derivative of low rank, a small n) there are
-    fewer, and the rest is NaN. Raises ValueError if the derivative is not finite.
+    In :func:`balanced` units, to which the residuals refer. Returns ``size`` Ritz
+    values (complex) and the norms of their residuals, by falling modulus; those at the
+    rim of the spectrum settle first, which the residual tells. Where the Krylov space
+    is exhausted (a derivative of low rank, a small n) there are fewer, and the rest is
+    NaN. Raises ValueError if the derivative is not finite.
     """
+    d = balanced(function, at, seed=seed)
     draw = torch.randn(len(at), generator=torch.Generator().manual_seed(seed))
     first = draw.to(at)
     basis = [first / first.norm()]
     hessenberg = at.new_zeros(size + 1, size)
     used = size
     for j in range(size):
-        vector = jvp(function, (at,), (basis[j],))[1]
+        vector = jvp(function, (at,), (d * basis[j],))[1] / d
         if not vector.isfinite().all():
             raise ValueError(
                 "the step has no derivative here: choose an optimizer without square "

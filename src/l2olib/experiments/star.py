@@ -626,12 +626,14 @@ ENTRIES = [
         "Digits: eigenvalues of the step of hand-crafted optimizers",
         "09-stability-by-design",
         _star_edge,
+        version=2,  # balanced units
     ),
     Experiment(
         "star.stability",
         "Fashion-MNIST: eigenvalues of the step of learned optimizers",
         "09-stability-by-design",
         _star_stability,
+        version=2,
     ),
     Experiment(
         "star.normalisation",
