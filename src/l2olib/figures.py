@@ -36,6 +36,10 @@ _METHODS = {
     "LGL2O over SGD": (_RED, "-", "s"),
     "LGL2O over SGD+momentum": (_SKY, "-", "D"),
     "LGL2O over Adam": (_ORANGE, "-", "P"),
+    "STAR 0.5": (_BLUE, "-", "s"),
+    "STAR 0.1": (_SKY, "-.", "v"),
+    "Blackbox": (_RED, "--", "o"),
+    "Hyperparam": (_GREEN, "-", "^"),
 }
 _OTHERS = [
     (_GREY, "--", "*"),
