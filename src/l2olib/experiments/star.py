@@ -330,7 +330,9 @@ def _appendix(experiment: str) -> Callable[..., Iterable[tuple[str, Any]]]:
     def build(profile: str) -> Iterable[tuple[str, Any]]:
         for variant in APPENDIX[experiment]:
             kind = _appendix_kind(profile, variant)
-            for seed in range(APPENDIX_ZETAS[profile] if kind == "app" else 0):
+            if kind == "mlp":
+                continue
+            for seed in range(APPENDIX_ZETAS[profile]):
                 changes: dict[str, Any] = {"iterations": SHORT[profile], "seed": seed}
                 name = star_weights(kind, variant, seed, profile)
                 yield name, star_training(profile, variant, **changes)
