@@ -182,3 +182,51 @@ def test_several_replicas_are_refused():
             replicas=2,
             segment=10,
         )
+
+
+def test_idle_weights_are_those_of_inputs_that_are_never_lit():
+    """A sigmoid network has no dead units: what is idle can be told from the data."""
+    work = spectra.Idle(
+        optimizee=MLP((64, 8, 10), "sigmoid"), data="digits",
+        method=Alone(SGD(constant(0.1))), steps=20, seeds=(2, 3), replicas=2,
+        segment=10, batch=32, evaluations=2, seen=200,
+    )  # fmt: skip
+    job = work.job("cpu", False, {"optimizer": {}})
+    state = job.advance(job.advance(job.start()))
+    arrays = job.finish(state)
+    data = load("digits")
+    pictures = data.train.items(torch.arange(len(data.train)), torch.float32)[0]
+    unlit = (pictures[:200].flatten(1) == 0).all(0)
+    assert 0 < unlit.sum() < 64 and not (pictures.flatten(1)[:, unlit] == 0).all()
+    share = 8 * unlit.sum().item() / work.optimizee.layout.n
+    assert arrays["idle"].tolist() == [[pytest.approx(share)] * 2] * 2
+    # SGD meets them in later pictures only, and hardly moves them
+    assert ((arrays["growth"] - 1).abs() < 1e-2).all()
+    for row, params in enumerate(state["method"]["params"]):
+        without = work.optimizee.layout.views(params.clone())
+        without["w0"][unlit] = 0.0
+        flat = torch.cat([v.flatten() for v in without.values()])
+        assert not torch.equal(flat, params)
+        task = Task(work.optimizee, data)
+        for name in ("full_loss", "test_loss", "test_error"):
+            value = getattr(task, name)(flat).item()
+            assert arrays[f"pruned.{name}"][row, -1].item() == pytest.approx(value)
+
+
+def test_weights_that_nothing_reaches_can_grow():
+    """Under an optimizer that moves by a share of the weights themselves."""
+    work = spectra.Idle(
+        optimizee=MLP((64, 8, 10), "sigmoid"), data="digits",
+        method=Alone(AdamW(constant(0.01), weight_decay=-5.0)), steps=20, seeds=(0,),
+        segment=10, batch=32, evaluations=2,
+    )  # fmt: skip
+    arrays, _ = drive(work.job("cpu", False, {"optimizer": {}}))
+    assert arrays["growth"][0].tolist() == pytest.approx([1.05**10, 1.05**20])
+
+
+def test_a_look_at_no_items_is_refused():
+    with pytest.raises(ValueError, match="seen must be at least 1 item, not 0"):
+        spectra.Idle(
+            optimizee=MLP((2, 4, 2)), data="moons", method=Alone(SGD(constant(0.1))),
+            steps=10, seeds=(0,), segment=10, seen=0,
+        )  # fmt: skip

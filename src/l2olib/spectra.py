@@ -6,6 +6,9 @@ rim of the spectrum, which are the ones that decide. For gradient descent they a
 ``1 - lr * h`` with h those of the Hessian, so that -1 is the stability bound
 ``h = 2 / lr``; for momentum, Adam or a learned optimizer they are those of parameters
 and state together, the matrix of STAR's section 4 for the real thing.
+
+Of weights that no gradient reaches the spectrum says nothing: :class:`Idle` asks what
+becomes of them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .optimizees import Task
 from .optimizers import Meta, Optimizer, State
-from .train import Metas, Training, TrainingJob
+from .train import Metas, Trace, Training, TrainingJob
 
 
 def step_map(
@@ -155,34 +158,66 @@ class LinearisedJob(TrainingJob):
 
     config: Linearised
 
-    def start(self) -> State:
-        marks, size = len(self.config.marks), self.config.size
-        return super().start() | {
-            "ritz": torch.full((1, marks, size, 2), torch.nan),
-            "residuals": torch.full((1, marks, size), torch.nan),
+    def measure(self, method: State, end: int) -> Trace:
+        c, found = self.config, super().measure(method, end)
+        if not method["params"].isfinite().all():
+            blank = torch.full((1, c.size, 2), torch.nan)
+            return found | {"ritz": blank, "residuals": blank[..., 0]}
+        inner = pytree.tree_map(lambda v: v[0], method)
+        step, point = step_map(
+            self.task,
+            c.method.optimizer,
+            {k: v.double() for k, v in self.metas["optimizer"].items()},
+            inner["params"].double(),
+            inner["optimizer"],
+            torch.arange(c.sample or self.task.items, device=self.device),
+        )
+        values, residuals = ritz_values(step, point, c.size)
+        return found | {
+            "ritz": torch.view_as_real(values)[None].float(),
+            "residuals": residuals[None].float(),
         }
 
-    @torch.no_grad()
-    def advance(self, state: State) -> State:
-        state = super().advance(state)
-        c, end = self.config, int(state["step"])
-        if end in c.marks and state["method"]["params"].isfinite().all():
-            at = c.marks.index(end)
-            inner = pytree.tree_map(lambda v: v[0], state["method"])
-            idx = torch.arange(c.sample or self.task.items, device=self.device)
-            step, point = step_map(
-                self.task,
-                c.method.optimizer,
-                {k: v.double() for k, v in self.metas["optimizer"].items()},
-                inner["params"].double(),
-                inner["optimizer"],
-                idx,
-            )
-            values, residuals = ritz_values(step, point, c.size)
-            state["ritz"][0, at] = torch.view_as_real(values).cpu().float()
-            state["residuals"][0, at] = residuals.cpu().float()
-        return state
 
-    def finish(self, state: State) -> dict[str, Tensor]:
-        own = {k: state[k] for k in ("ritz", "residuals")}
-        return super().finish(state) | own
+@dataclass(frozen=True)
+class Idle(Training):
+    """A training that looks, at every mark, at the weights that no gradient reaches.
+
+    Idle are the weights whose gradient on the first ``seen`` training items is exactly
+    zero: those of inputs that are zero in all of them and, in a network of ReLUs, those
+    of units that none of them activates. Its record also holds, ``[R, marks]`` each,
+    the share of weights that are ``idle``; the ``growth`` of these, their norm over the
+    norm of the same weights at the start (NaN if there are none); and full and held-out
+    losses and held-out error of the network with its idle weights set to zero,
+    ``pruned.full_loss`` and so on. On the items seen that network has the same outputs,
+    but for a unit that an idle weight had kept off.
+    """
+
+    seen: int = 2_048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seen < 1:
+            raise ValueError(f"seen must be at least 1 item, not {self.seen}")
+
+    def job(self, device: str, compile: bool, metas: Metas) -> IdleJob:
+        return IdleJob(self, metas, device, compile)
+
+
+@dataclass
+class IdleJob(TrainingJob):
+    """The resumable computation of an :class:`Idle`."""
+
+    config: Idle
+
+    def measure(self, method: State, end: int) -> Trace:
+        c, params = self.config, method["params"]
+        idx = torch.arange(min(c.seen, self.task.items), device=self.device)
+        reached = torch.func.vmap(lambda at: self.task.loss_and_grad(at, idx)[1])
+        idle = reached(params) == 0
+        first = torch.stack([c.optimizee.init(s) for s in c.group]).to(params)
+        pruned = params.masked_fill(idle, 0.0)
+        found = {f"pruned.{k}": look(pruned) for k, look in self.looks.items()}
+        found["idle"] = idle.float().mean(1)
+        found["growth"] = (params * idle).norm(dim=1) / (first * idle).norm(dim=1)
+        return super().measure(method, end) | found

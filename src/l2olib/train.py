@@ -651,6 +651,10 @@ class TrainingJob:
         series = [k for k in traces[-1] if k not in last]
         return state, {k: torch.cat([t[k] for t in traces], 1) for k in series} | last
 
+    def measure(self, method: State, end: int) -> Trace:
+        """What is recorded at a mark, from the method's state there: [R, ...] each."""
+        return {name: look(method["params"]) for name, look in self.looks.items()}
+
     @torch.no_grad()
     def advance(self, state: State) -> State:
         c, start = self.config, int(state["step"])
@@ -662,9 +666,10 @@ class TrainingJob:
             at = start // c.segment * width
             values[:, at : at + width] = trace[name].cpu()
         if end in c.marks:
-            for name, look in self.looks.items():
-                value = look(method["params"]).cpu()
-                state["looks"][name][:, c.marks.index(end)] = value
+            for name, value in self.measure(method, end).items():
+                shape = (c.replicas, len(c.marks), *value.shape[1:])
+                held = state["looks"].setdefault(name, torch.full(shape, torch.nan))
+                held[:, c.marks.index(end)] = value.cpu()
         if "audit" in state and end % (c.segment * c.audit_every) == 0:
             at = end // (c.segment * c.audit_every) - 1
             for side, name in enumerate(CANDIDATES):
@@ -729,23 +734,14 @@ class ReleasedJob(TrainingJob):
 
     config: Released
 
-    def start(self) -> State:
-        blank = torch.full((self.config.replicas, len(self.config.marks)), torch.nan)
-        return super().start() | {"released": blank}
-
-    @torch.no_grad()
-    def advance(self, state: State) -> State:
-        state = super().advance(state)
-        c, end = self.config, int(state["step"])
-        if end not in c.marks:
-            return state
-        alone = Alone(c.after)
+    def measure(self, method: State, end: int) -> Trace:
+        c, alone = self.config, Alone(self.config.after)
 
         def piece(inner: State, batches: Tensor) -> State:
             metas: Metas = {"optimizer": {}}
             return alone.segment(self.task, metas, inner, batches, None)[0]
 
-        inner = torch.func.vmap(alone.init)(state["method"]["params"])
+        inner = torch.func.vmap(alone.init)(method["params"])
         inner["optimizer"]["step"].fill_(end)
         for first in range(end, end + c.ahead, c.segment):
             batches = [
@@ -756,13 +752,8 @@ class ReleasedJob(TrainingJob):
                 for seed in c.group
             ]  # fmt: skip
             inner = torch.func.vmap(piece)(inner, torch.stack(batches))
-        found = self.looks["full_loss"](inner["params"]).cpu()
-        state["released"][:, c.marks.index(end)] = found
-        return state
-
-    def finish(self, state: State) -> dict[str, Tensor]:
-        keep = [seed - self.config.group[0] for seed in self.config.seeds]
-        return super().finish(state) | {"released": state["released"][keep]}
+        found = self.looks["full_loss"](inner["params"])
+        return super().measure(method, end) | {"released": found}
 
 
 def shares(use: Tensor, ends: Tensor) -> Trace:

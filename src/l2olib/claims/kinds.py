@@ -800,6 +800,63 @@ class StepsInside:
 
 
 @dataclass(frozen=True)
+class IdleGrow:
+    """Weights of ``method`` that no gradient reaches have grown ``by`` when it ends.
+
+    Against the same weights at the start, in at least four fifths of the seeds (or not:
+    in at most one fifth).
+    """
+
+    experiment: str
+    method: str
+    expected: bool = True
+    by: float = 10.0
+
+    def __call__(self, curves: Curves) -> Outcome:
+        growth = _method(curves, self.method)["growth"][:, -1].double()
+        growth = growth.nan_to_num(torch.inf)
+        return _most(growth > self.by, self.expected, growth.median(), "times the size")
+
+    def __str__(self) -> str:
+        verb = "grow" if self.expected else "do not grow"
+        return f"idle weights of {self.method} {verb} by {self.by:g}"
+
+
+@dataclass(frozen=True)
+class IdleHarm:
+    """Without its idle weights ``method`` ends with a ``by`` times lower held-out loss.
+
+    Those that no gradient reaches when it ends; in at least four fifths of the seeds
+    (or not: in at most one fifth). A loss that is not finite is infinite.
+    """
+
+    experiment: str
+    method: str
+    expected: bool = True
+    by: float = 2.0
+
+    def __call__(self, curves: Curves) -> Outcome:
+        with_, without = (
+            _method(curves, self.method)[name][:, -1].double().nan_to_num(torch.inf)
+            for name in ("test_loss", "pruned.test_loss")
+        )
+        ratio = (with_ / without).nan_to_num(1.0)
+        return _most(ratio > self.by, self.expected, ratio.median(), "times the loss")
+
+    def __str__(self) -> str:
+        verb = "is" if self.expected else "is not"
+        return f"held-out loss of {self.method} {verb} {self.by:g} times less without"
+
+
+def _most(found: Tensor, expected: bool, median: Tensor, of: str) -> Outcome:
+    """Whether nearly all seeds show it (or nearly none)."""
+    _enough(len(found))
+    share = found.double().mean().item()
+    text = f"{int(found.sum())} of {len(found)} seeds, median {median:.3g} {of}"
+    return Outcome(share >= 0.8 if expected else share <= 0.2, None, text)
+
+
+@dataclass(frozen=True)
 class Matched:
     """One inner step of ``method`` costs at most ``within`` times one of ``reference``.
 

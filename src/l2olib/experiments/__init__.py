@@ -43,11 +43,13 @@ from .star import (
     star_training,
     star_weights,
 )
+from .transfer import GENERALIZATION
 
 __all__ = [
     "APPENDIX",
     "EXPERIMENTS",
     "FIGURES",
+    "GENERALIZATION",
     "HORIZONS",
     "INTERVENTIONS",
     "L2O",

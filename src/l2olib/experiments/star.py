@@ -21,7 +21,7 @@ from ..metatrain.quadratic import (
 from ..metatrain.truncated import LearningCurve
 from ..optimizees import MLP, Layout, conv_star
 from ..optimizers import SGD, constant
-from ..spectra import Linearised
+from ..spectra import Idle, Linearised
 from ..train import Alone, Training
 from ..tuning import adam_at
 from .runs import BEST, PROFILES, Experiment, trainings
@@ -378,7 +378,13 @@ def _star_ablations(profile: str) -> Iterable[tuple[str, Any]]:
 
 
 STAR_TEST: dict[str, dict[str, Any]] = {
-    "smoke": {"steps": 50, "segment": 10, "seeds": 2, "evaluations": 3},
+    "smoke": {
+        "steps": 50,
+        "segment": 10,
+        "seeds": 2,
+        "replicas": 2,
+        "evaluations": 3,
+    },  # fmt: skip
     "laptop": {"steps": 20_000, "seeds": SEEDS, "replicas": SEEDS},
     "paper": {"steps": 200_000, "seeds": 25, "replicas": 25},
 }
@@ -469,6 +475,20 @@ def _star_fig3(
     yield from trainings(
         adams, "", optimizee=of.optimizee, data=of.data, batch=of.batch, **setting
     )
+
+
+def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """The optimizers of Fig. 3c again: what becomes of weights without a gradient."""
+    smoke = profile == "smoke"
+    size = STAR_TEST[profile] | ({} if smoke else {"steps": 20_000, "evaluations": 12})
+    count = seeds or (2 if smoke else 5)
+    size |= {"seeds": count, "replicas": count}
+    runs = list(star_tests(profile, STAR_FIG3, 1, **size))
+    of = star_training(profile)
+    same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+    runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **same, **size)
+    for name, work in runs:
+        yield name, Idle.of(work, **({"seen": 64} if smoke else {}))
 
 
 def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
@@ -599,7 +619,7 @@ ENTRIES = [
     Experiment(
         "star.fig3",
         "Fashion-MNIST: ten times the horizon of meta-training (Fig. 3c)",
-        "10-evolution-strategies",
+        "10b-beyond-the-horizon",
         _star_fig3,
     ),
     Experiment(
@@ -619,7 +639,7 @@ ENTRIES = [
     Experiment(
         "star.fig3d",
         "CIFAR-10, ConvNet: far beyond the horizon of meta-training (Fig. 3d)",
-        "10-evolution-strategies",
+        "10b-beyond-the-horizon",
         partial(_star_fig3, network="conv"),
         profiles=("paper",),
     ),
@@ -647,13 +667,19 @@ ENTRIES = [
     Experiment(
         "star.guarded",
         "Fashion-MNIST: STAR and Blackbox under a loss guard",
-        "09-stability-by-design",
+        "10b-beyond-the-horizon",
         _star_guarded,
+    ),
+    Experiment(
+        "star.idle",
+        "Fashion-MNIST: weights that no gradient reaches, and the loss without them",
+        "10b-beyond-the-horizon",
+        _star_idle,
     ),
     Experiment(
         "star.long",
         "Fashion-MNIST: STAR for a hundred times that horizon",
-        "10-evolution-strategies",
+        "10b-beyond-the-horizon",
         _star_long,
     ),
     *(

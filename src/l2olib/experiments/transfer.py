@@ -145,6 +145,9 @@ APPFIG6 = {
 }
 """Other losses and another kind of network."""
 
+GENERALIZATION = {"star.fig4": FIG4, "star.appfig5": APPFIG5, "star.appfig6": APPFIG6}
+"""All tasks by experiment."""
+
 TUNING: dict[str, dict[str, Any]] = {
     "smoke": {"draws": 2, "share": 1.0},
     "laptop": {"draws": 20, "share": 0.2},
@@ -226,25 +229,18 @@ ENTRIES = [
     Experiment(
         "star.tune",
         "Adam and NAdamW on each generalization task: trials, on other seeds",
-        "09-stability-by-design",
+        "10c-other-tasks",
         _star_tune,
     ),
-    Experiment(
-        "star.fig4",
-        "STAR's four generalization tasks: learned optimizers, tuned baselines",
-        "09-stability-by-design",
-        _generalization(FIG4),
-    ),
-    Experiment(
-        "star.appfig5",
-        "The same optimizers on other MLP classifiers",
-        "09-stability-by-design",
-        _generalization(APPFIG5),
-    ),
-    Experiment(
-        "star.appfig6",
-        "The same optimizers on other losses and on a ConvNet",
-        "09-stability-by-design",
-        _generalization(APPFIG6),
+    *(
+        Experiment(
+            name, title, "10c-other-tasks", _generalization(GENERALIZATION[name])
+        )
+        for name, title in {
+            "star.fig4": "STAR's four generalization tasks: learned optimizers, tuned "
+            "baselines",
+            "star.appfig5": "The same optimizers on other MLP classifiers",
+            "star.appfig6": "The same optimizers on other losses and on a ConvNet",
+        }.items()
     ),
 ]
