@@ -88,6 +88,9 @@ def _star_fig2c_details(profile: str) -> Iterable[tuple[str, Any]]:
         "rate 0.1": {"meta_lr": 1e-1},
         "rate 0.001": {"meta_lr": 1e-3},
         "rate 0.0001": {"meta_lr": 1e-4, "iterations": 20_000},
+        "decay 0.0001": {"weight_decay": 1e-4},
+        "decay 0.1": {"weight_decay": 0.1},
+        "decay 0.5": {"weight_decay": 0.5},
     }
     for name, change in changes.items():
         at = literal if name == "literal" else STAR_SHARES

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..optimizers import AdamW, State, constant
+from ..records import later
 from ..stability import NoisyQuadratic, spectral_radius
 from ..train import log_spaced
 from .evolution import alike, clipped, es, generator
@@ -297,9 +298,9 @@ class QuadraticMetaTraining:
 
     An estimate is the mean of ``pairs`` antithetic pairs over runs of ``horizon`` steps
     from phi_0 ~ N(0, spread I): PES whose truncation is the horizon. Its entries are
-    clipped to +-``clip``; AdamW at ``meta_lr`` without decay follows. P starts with
-    entries N(0, ``init``^2). STAR, App. D; ``meta_lr``, ``pairs`` and ``init`` are
-    ours.
+    clipped to +-``clip``; AdamW at ``meta_lr`` with ``weight_decay`` on P follows. P
+    starts with entries N(0, ``init``^2). STAR, App. D; ``meta_lr``, ``weight_decay``,
+    ``pairs`` and ``init`` are ours.
     """
 
     share: float
@@ -315,6 +316,7 @@ class QuadraticMetaTraining:
     smoothing: float = 0.95
     points: int = 120
     hessian: Matrix = HESSIAN
+    weight_decay: float = later(0.0)
 
     def seconds(self) -> float:
         return 2.4e-5 * self.horizon * self.iterations
@@ -341,7 +343,7 @@ class QuadraticMetaTrainingJob:
         self.problem = problem_of(c.hessian)
         self.alpha = c.share * 2 / self.problem.sharpness
         self.estimator = es(c.pairs * len(c.seeds), 1, c.sigma)
-        self.outer = AdamW(constant(c.meta_lr))
+        self.outer = AdamW(constant(c.meta_lr), weight_decay=c.weight_decay)
         self.marks = [0, *log_spaced(1, c.iterations, c.points)]
 
     def start(self) -> State:
