@@ -100,13 +100,68 @@ def test_a_loss_that_was_not_finite_never_wins(toy_data):
     assert best(torch.tensor([[torch.nan, torch.inf]] * 2)) == 1, "tried, and in vain"
 
 
+RATES = (1e-3, 1e9, 0.3, 3.0, 0.03)
+COSINES = tuple(Alone(SGD(CosineDecay(lr, 20, floor=0.5))) for lr in RATES)
+
+
+def longer(finalists: int = 2, final: int = 40) -> Tuning:
+    return replace(toy(candidates=COSINES), finalists=finalists, final=final)
+
+
+def test_the_finalists_decide_in_runs_of_full_length(toy_data):
+    """Each is the ordinary run of its candidate with its schedule stretched."""
+    work = longer()
+    arrays = drive(work.job("cpu", False, {"optimizer": {}}))[0]
+    scores, final = arrays["scores"], arrays["final"]
+    assert torch.equal(scores, scores_of(toy(candidates=COSINES)))
+    best_two = scores[0].argsort()[:2].tolist()
+    assert [k for k in range(5) if not final[0, k].isnan()] == sorted(best_two)
+    for k in best_two:
+        alone = Training(
+            method=Alone(SGD(CosineDecay(RATES[k], 40, floor=0.5))),
+            seeds=(1000,), replicas=1, **SETTING | {"steps": 40},
+        )  # fmt: skip
+        losses = drive(alone.job("cpu", False, {"optimizer": {}}))[0]["loss"]
+        assert final[0, k] == losses[0, -4:].double().mean().float()
+    chosen = Chosen("toy.tune", "T/0", work)
+    won = min(best_two, key=lambda k: final[0, k].item())
+    assert chosen.settle(arrays, 80) == Alone(
+        SGD(CosineDecay(RATES[won], 80, floor=0.5))
+    )
+    # the finals decide, whatever the first trials said
+    arrays["final"] = final.masked_fill(final == final[0, won], 9.0)
+    other = SGD(CosineDecay(RATES[sum(best_two) - won], 80, floor=0.5))
+    assert chosen.settle(arrays, 80) == Alone(other)
+
+
+def test_a_final_resumes_and_counts_its_steps(toy_data, tmp_path: Path, monkeypatch):
+    work, seen = longer(), []
+
+    def job():
+        return work.job("cpu", False, {"optimizer": {}})
+
+    whole, _ = drive(job(), report=lambda *at: seen.append(at))
+    assert seen[0] == (0, 180) and seen[-1] == (180, 180)
+    monkeypatch.setattr(train, "time", Clock())
+    for _ in range(100):
+        try:
+            found, _ = drive(
+                job(), checkpoint=tmp_path / "c", time_limit=4.0, save_every=0.0
+            )
+            break
+        except Unfinished:
+            pass
+    for name, value in whole.items():
+        assert torch.equal(found[name].nan_to_num(-1), value.nan_to_num(-1))
+
+
 def test_a_tuning_without_a_finite_trial_chooses_nothing():
     chosen = Chosen("toy.tune", "T/0", toy())
     scores = torch.full((1, 6), torch.inf)
     with pytest.raises(RecordError, match="no trial of toy.tune T/0 stayed finite"):
-        chosen.settle(scores, 20)
+        chosen.settle({"scores": scores}, 20)
     scores[0, 2] = 9.0
-    assert chosen.settle(scores, 20) == LADDER[2]
+    assert chosen.settle({"scores": scores}, 20) == LADDER[2]
 
 
 def test_a_tuning_resumes_to_the_same_scores(toy_data, tmp_path: Path, monkeypatch):
@@ -134,6 +189,10 @@ def test_progress_counts_steps(toy_data):
 def test_impossible_tunings_are_refused():
     with pytest.raises(ValueError, match="bracket names candidates 0 to 5, not"):
         toy((3, 6))
+    with pytest.raises(ValueError, match="of 5 candidates 6 cannot be finalists"):
+        longer(6)
+    with pytest.raises(ValueError, match="steps must be a positive multiple"):
+        longer(2, 41)
     with pytest.raises(ValueError, match="is its first candidate"):
         replace(toy(), method=Alone(SGD(constant(7.0))))
 

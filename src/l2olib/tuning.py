@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .optimizers import AdamW, CosineDecay, NAdamW, Optimizer, State, constant
-from .records import RecordError
+from .records import RecordError, later
 from .train import Alone, Cost, Metas, Training, TrainingJob
 
 FIRST_SEED = 1_000
@@ -34,13 +34,25 @@ class Tuning(Training):
     learning rates in ascending order: those at the positions ``bracket`` are tried
     first, then, while the best so far is at an end of what was tried, the next one
     beyond that end.
+
+    With ``finalists`` the trials of ``steps`` only choose so many candidates; these are
+    tried again in runs of ``final`` steps, which decide.
     """
 
     candidates: tuple[Any, ...] = ()
     bracket: tuple[int, ...] = ()
+    finalists: int = later(0)
+    final: int = later(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.finalists <= len(self.candidates):
+            raise ValueError(
+                f"of {len(self.candidates)} candidates {self.finalists} cannot be "
+                "finalists"
+            )
+        if self.finalists:
+            self.trial(0, final=True)  # complains of a length that does not fit
         if self.candidates[:1] != (self.method,):
             raise ValueError("the method of a tuning is its first candidate")
         if not all(0 <= k < len(self.candidates) for k in self.bracket):
@@ -49,10 +61,16 @@ class Tuning(Training):
                 f"not {self.bracket}"
             )
 
-    def trial(self, k: int) -> Training:
+    def trial(self, k: int, final: bool = False) -> Training:
         """The training with candidate ``k``."""
         own = {f.name: getattr(self, f.name) for f in fields(Training)}
-        return Training(**own | {"method": self.candidates[k]})
+        own["method"] = self.candidates[k]
+        if final:
+            own |= {
+                "method": stretched(self.candidates[k], self.final),
+                "steps": self.final,
+            }
+        return Training(**own)
 
     def left(self, scores: Tensor) -> list[int]:
         """Candidates still to be tried (of a ladder, as far as that is known).
@@ -68,13 +86,19 @@ class Tuning(Training):
         beyond = {min(tried): k - 1, max(tried): k + 1}.get(k, -1)
         return [beyond] if 0 <= beyond < len(self.candidates) else []
 
+    def left_in_final(self, scores: Tensor, final: Tensor) -> list[int]:
+        """Finalists still to be tried at length; ``final [R, K]`` like ``scores``."""
+        mean = scores.double().mean(0).nan_to_num(nan=torch.inf)
+        chosen = mean.argsort(stable=True)[: self.finalists].tolist()
+        return [k for k in chosen if final[0, k].isnan()]
+
     def job(self, device: str, compile: bool, metas: Metas) -> TuningJob:
         return TuningJob(self, metas, device, compile)
 
     def seconds(self) -> float:
         """Estimated time on one CPU core; a ladder is taken to go one step beyond."""
         trials = len(self.bracket) + 1 if self.bracket else len(self.candidates)
-        return trials * super().seconds()
+        return (trials + self.finalists * self.final / self.steps) * super().seconds()
 
 
 def best(scores: Tensor) -> int:
@@ -84,6 +108,21 @@ def best(scores: Tensor) -> int:
     """
     mean = scores.double().mean(0)  # tried on all seeds or on none; not tried is last
     return int(mean.nan_to_num(nan=torch.inf).argmin())
+
+
+def choose(arrays: dict[str, Tensor]) -> int:
+    """The candidate that the record of a tuning chooses."""
+    return best(arrays.get("final", arrays["scores"]))
+
+
+def stretched(method: Any, steps: int) -> Any:
+    """The method with schedules that have an end stretched to ``steps``."""
+    changed = {}
+    for role, optimizer in method.optimizers.items():
+        schedule = getattr(optimizer, "lr", None)
+        if isinstance(schedule, CosineDecay):
+            changed[role] = replace(optimizer, lr=replace(schedule, steps=steps))
+    return replace(method, **changed)
 
 
 @dataclass
@@ -98,33 +137,43 @@ class TuningJob:
     def __post_init__(self) -> None:
         self.trial = lru_cache(maxsize=1)(self._trial)
 
-    def _trial(self, k: int) -> TrainingJob:
-        return TrainingJob(self.config.trial(k), self.metas, self.device, self.compile)
+    def _trial(self, k: int, final: bool) -> TrainingJob:
+        trial = self.config.trial(k, final)
+        return TrainingJob(trial, self.metas, self.device, self.compile)
 
     def start(self) -> State:
         c = self.config
-        return {"scores": torch.full((len(c.seeds), len(c.candidates)), torch.nan)}
+        blank = torch.full((len(c.seeds), len(c.candidates)), torch.nan)
+        return {"scores": blank} | ({"final": blank.clone()} if c.finalists else {})
 
     def advance(self, state: State) -> State:
-        k = self.config.left(state["scores"])[0]
-        trial = self.trial(k)
+        c, name = self.config, "scores"
+        left = c.left(state["scores"])
+        if not left:
+            name, left = "final", c.left_in_final(state["scores"], state["final"])
+        trial = self.trial(left[0], name == "final")
         inner = trial.advance(state.get("trial") or trial.start())
-        if int(inner["step"]) < self.config.steps:
-            return {"scores": state["scores"], "trial": inner}
-        scores = state["scores"].clone()
-        keep = [seed - self.config.group[0] for seed in self.config.seeds]
-        scores[:, k] = score(inner["trace"]["loss"][keep])
-        return {"scores": scores}
+        if int(inner["step"]) < trial.config.steps:
+            return state | {"trial": inner}
+        found = state[name].clone()
+        keep = [seed - c.group[0] for seed in c.seeds]
+        found[:, left[0]] = score(inner["trace"]["loss"][keep])
+        return {k: v for k, v in state.items() if k != "trial"} | {name: found}
 
     def position(self, state: State) -> tuple[int, int]:
-        c = self.config
-        tried = int((~state["scores"][0].isnan()).sum())
-        done = tried * c.steps + int(state.get("trial", {}).get("step", 0))
-        return done, (tried + len(c.left(state["scores"]))) * c.steps
+        c, current = self.config, int(state.get("trial", {}).get("step", 0))
+        tried, finals = (
+            int((~state[name][0].isnan()).sum()) if name in state else 0
+            for name in ("scores", "final")
+        )
+        done = tried * c.steps + finals * c.final
+        left = len(c.left(state["scores"])) * c.steps
+        left += (c.finalists - finals) * c.final
+        return done + current, done + left
 
     def finish(self, state: State) -> dict[str, Tensor]:
-        """The record: ``scores [R, K]`` in nats, as :func:`best` reads them."""
-        return {"scores": state["scores"]}
+        """The record: ``scores`` and, with finalists, ``final``, ``[R, K]`` in nats."""
+        return {name: state[name] for name in ("scores", "final") if name in state}
 
 
 def score(losses: Tensor) -> Tensor:
@@ -162,23 +211,18 @@ class Chosen:
     ) -> Cost:
         return self.tuning.method.cost(optimizee, batch, items, accepted)
 
-    def settle(self, scores: Tensor, steps: int) -> Any:
-        """The best candidate; a schedule that has an end is stretched to ``steps``.
+    def settle(self, arrays: dict[str, Tensor], steps: int) -> Any:
+        """The candidate that the tuning's record chooses, :func:`stretched`.
 
         RecordError if no trial stayed finite.
         """
+        scores = arrays.get("final", arrays["scores"])
         if not scores.double().mean(0).isfinite().any():
             raise RecordError(
                 f"no trial of {self.experiment} {self.name} stayed finite: give it "
                 "other candidates"
             )
-        method = self.tuning.candidates[best(scores)]
-        changed = {}
-        for role, optimizer in method.optimizers.items():
-            schedule = getattr(optimizer, "lr", None)
-            if isinstance(schedule, CosineDecay):
-                changed[role] = replace(optimizer, lr=replace(schedule, steps=steps))
-        return replace(method, **changed)
+        return stretched(self.tuning.candidates[choose(arrays)], steps)
 
 
 # ---- candidates ----------------------------------------------------------------------

@@ -88,8 +88,8 @@ class Run:
         """The work with a tuned method, and the digests of its weights, filled in."""
         work = self.work
         if self.tuning is not None:
-            scores = self.tuning.load().arrays["scores"]
-            work = replace(work, method=work.method.settle(scores, work.steps))
+            found = self.tuning.load().arrays
+            work = replace(work, method=work.method.settle(found, work.steps))
         if self.trained:
             digests = {role: r.digest for role, r in self.trained.items()}
             work = replace(work, digests=digests)
@@ -416,7 +416,7 @@ def _waiting(runs: Iterable[Run]) -> list[str]:
 
 
 def pending(experiment: str, profile: str) -> str:
-    """A sentence on what has no record yet; "" if all have theirs.
+    """A sentence on what has no record yet (their number if many); "" if all have.
 
     At other profiles than ``record``: on what cannot be computed for want of weights.
     """
@@ -426,7 +426,10 @@ def pending(experiment: str, profile: str) -> str:
     if profile != "record":
         found = dict.fromkeys(r.label for r in entry.runs(profile) if _needs(r))
         return f"Not meta-trained yet: {'; '.join(found)}." if found else ""
-    waiting = _waiting(entry.runs(_recorded(entry)))
+    runs = entry.runs(_recorded(entry))
+    waiting = _waiting(runs)
+    if len(waiting) > 8:
+        return f"Not recorded yet: {len(waiting)} of {len({r.label for r in runs})}."
     return f"Not recorded yet: {'; '.join(waiting)}." if waiting else ""
 
 

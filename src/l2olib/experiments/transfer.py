@@ -149,14 +149,15 @@ GENERALIZATION = {"star.fig4": FIG4, "star.appfig5": APPFIG5, "star.appfig6": AP
 """All tasks by experiment."""
 
 TUNING: dict[str, dict[str, Any]] = {
-    "smoke": {"draws": 2, "share": 1.0},
-    "laptop": {"draws": 20, "share": 0.2},
+    "smoke": {"draws": 2, "share": 1.0, "finalists": 1},
+    "laptop": {"draws": 20, "share": 0.2, "finalists": 4},
     "paper": {"draws": 100, "seeds": 5},
 }
 """Tuning of the baselines: settings of NAdamW that are tried, seeds, and the length of
-its trials as a share of the run (a laptop cannot afford the whole; its schedule is
-stretched). Adam's trials are as long as the run; its rates are bracketed from three in
-the middle of the ladder. At the paper's scale all 15 are tried."""
+its trials as a share of the run. A laptop cannot afford the whole for all: the best
+four are tried again over the whole run, their schedules stretched. Adam's trials are as
+long as the run; its rates are bracketed from three in the middle of the ladder. At the
+paper's scale all 15 are tried."""
 
 
 def _sized(
@@ -184,6 +185,8 @@ def _baselines(name: str, task: GeneralizationTask, profile: str) -> dict[str, C
     setting.pop("replicas", None)
     bracket = () if profile == "paper" else MIDDLE
     short = setting | {"steps": round(setting["steps"] * plan.get("share", 1.0))}
+    if finalists := plan.get("finalists", 0):
+        short |= {"finalists": finalists, "final": setting["steps"]}
     draws = nadamw_draws(plan["draws"], short["steps"])
     return {
         "Adam": tuned(
