@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import batches, blobs, start_of
 
-from l2olib.optimizers import SGD, Adam, PowerDecay, constant
+from l2olib.optimizers import SGD, Adam, Held, PowerDecay, constant
 
 STEPS = 12
 
@@ -141,3 +141,26 @@ def test_one_replica_is_enough_code():
     for k in range(2):
         alone, _ = update(grads[k], {n: v[k] for n, v in state.items()}, params[k])
         assert torch.allclose(deltas[k], alone, rtol=1e-14)
+
+
+# ---- holding what no gradient reaches ------------------------------------------------
+
+
+def test_a_weight_is_held_while_it_has_no_gradient():
+    """Momentum moves it on after its gradient has gone, for as long as is allowed."""
+    inner = SGD(constant(0.1), momentum=0.9)
+    held = Held(inner, patience=3)
+    free_state, state = inner.init(torch.zeros(2)), held.init(torch.zeros(2))
+    grads = torch.tensor([[1.0, 1.0], *[[1.0, 0.0]] * 5, [1.0, 2.0], [1.0, 0.0]])
+    for t, grad in enumerate(grads):
+        free, free_state = inner.update({}, grad, free_state, torch.zeros(2))
+        delta, state = held.update({}, grad, state, torch.zeros(2))
+        assert (free != 0).all()
+        assert delta[0] == free[0]
+        assert delta[1] == (0.0 if t in (3, 4, 5) else free[1]), t
+    assert torch.equal(state["optimizer"]["velocity"], free_state["velocity"])
+
+
+def test_holding_forever_is_refused():
+    with pytest.raises(ValueError, match="patience must be at least 1 step, not 0"):
+        Held(SGD(constant(0.1)), patience=0)

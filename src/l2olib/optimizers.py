@@ -269,3 +269,50 @@ class NAdamW(Adam):
         if self.nesterov:
             m = self.beta1 * m + (1 - self.beta1) * grad
         return -lr * (m / (v.sqrt() + self.eps) + self.weight_decay * params), new
+
+
+@dataclass(frozen=True)
+class Held:
+    """An optimizer under which weights that no gradient reaches stay where they are.
+
+    A weight whose gradient has been exactly zero for ``patience`` steps does not move
+    until it has one again. Ours: a learned optimizer may let such weights grow (see
+    :class:`l2olib.spectra.Idle`). The optimizer itself goes on with its own memory.
+    """
+
+    optimizer: Any
+    patience: int = 100
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1 step, not {self.patience}")
+
+    @property
+    def layout(self) -> Any:
+        return self.optimizer.layout
+
+    def init_meta(self, seed: int) -> Meta:
+        return self.optimizer.init_meta(seed)
+
+    def init(self, params: Tensor) -> State:
+        quiet = torch.zeros_like(params, dtype=torch.int32)
+        return {"optimizer": self.optimizer.init(params), "quiet": quiet}
+
+    def update(
+        self,
+        meta: Meta,
+        grad: Tensor,
+        state: State,
+        params: Tensor,
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        delta, inner = self.optimizer.update(
+            meta, grad, state["optimizer"], params, loss=loss
+        )
+        quiet = torch.where(grad == 0, state["quiet"] + 1, 0)
+        held = torch.where(quiet < self.patience, delta, 0.0)
+        return held, {"optimizer": inner, "quiet": quiet}
+
+    def flops(self, n: int) -> int:
+        return self.optimizer.flops(n)

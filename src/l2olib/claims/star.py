@@ -358,6 +358,19 @@ ROWS: tuple[Claim, ...] = (
             for name in ("STAR 0.1 #0", "STAR 0.5 #0", "Blackbox #0")
         ),
     ),
+    Claim(
+        "S27",
+        _BEYOND,
+        "ours; written when S25 and S26 had been seen",
+        "Where weights are held that no gradient reaches, STAR 0.1 does not diverge, "
+        "and it is as good as without up to the horizon",
+        (
+            Diverges(_IDLE, "STAR 0.1 held", expected=False),
+            IdleHarm(_IDLE, "STAR 0.1 held", expected=False),
+            NotWorse(_IDLE, "STAR 0.1 held", "STAR 0.1 #0", (1_000, _HORIZON)),
+            Lower(_IDLE, "STAR 0.1 held", "STAR 0.1 #0", (10_000, 20_000)),
+        ),
+    ),
     *_fig3("", "MLP, Fashion-MNIST", ("a", "c"), _FIG3C),
     *_fig3("-convnet", "ConvNet, CIFAR-10", ("b", "d"), "star.fig3d"),
     Claim(

@@ -16,6 +16,7 @@ from .. import claims, records
 from ..data import find_root, load
 from ..metatrain.truncated import LearningCurve, MetaWork
 from ..optimizees import Layout
+from ..optimizers import Held
 from ..records import Record, RecordError
 from ..train import BURN_IN, Training, drive, repeatable
 from ..tuning import (
@@ -264,8 +265,9 @@ def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
     """Take from a meta-training's record what ``work`` needs, and check it fits."""
     whole = isinstance(work, LearningCurve)
     optimizer = work.optimizer if whole else work.method.optimizers[role]
+    learned = optimizer.optimizer if isinstance(optimizer, Held) else optimizer
     trained = record.config["work"].get("optimizer")
-    if trained != records.spec(optimizer):
+    if trained != records.spec(learned):
         raise RecordError(
             f"the weights were trained for {records.canonical(trained)}, which is not "
             f"the {role} of this run: choose weights of the same architecture"
