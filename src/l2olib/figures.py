@@ -38,7 +38,7 @@ _METHODS = {
     "LGL2O over Adam": (_ORANGE, "-", "P"),
     "STAR 0.5": (_BLUE, "-", "s"),
     "STAR 0.1": (_SKY, "-.", "v"),
-    "STAR 0.1 held": (_PURPLE, "-.", "X"),
+    "STAR 0.1 held": (_BLACK, "-.", "X"),
     "Blackbox": (_RED, "--", "o"),
     "Hyperparam": (_GREEN, "-", "^"),
 }
