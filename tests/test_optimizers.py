@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import batches, blobs, start_of
 
-from l2olib.optimizers import SGD, Adam, Held, PowerDecay, constant
+from l2olib.optimizers import SGD, Adam, Held, PowerDecay, StoppedClock, constant
 
 STEPS = 12
 
@@ -158,9 +158,19 @@ def test_a_weight_is_held_while_it_has_no_gradient():
         assert (free != 0).all()
         assert delta[0] == free[0]
         assert delta[1] == (0.0 if t in (3, 4, 5) else free[1]), t
-    assert torch.equal(state["optimizer"]["velocity"], free_state["velocity"])
+    assert torch.equal(state["velocity"], free_state["velocity"])
 
 
 def test_holding_forever_is_refused():
     with pytest.raises(ValueError, match="patience must be at least 1 step, not 0"):
         Held(SGD(constant(0.1)), patience=0)
+
+
+def test_a_stopped_clock_repeats_its_last_step():
+    rate = PowerDecay(1.0, 1.0, 1.0)  # 1 / (t + 1), t = 1, 2, ...
+    stopped = StoppedClock(SGD(rate), at=2)
+    state, found = stopped.init(torch.zeros(1)), []
+    for _ in range(5):
+        delta, state = stopped.update({}, torch.ones(1), state, torch.zeros(1))
+        found.append(-delta.item())
+    assert found == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4])

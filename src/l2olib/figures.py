@@ -39,6 +39,9 @@ _METHODS = {
     "STAR 0.5": (_BLUE, "-", "s"),
     "STAR 0.1": (_SKY, "-.", "v"),
     "STAR 0.1 held": (_BLACK, "-.", "X"),
+    "STAR 0.1 stopped": (_GREY, "-.", "v"),
+    "Blackbox held": (_PURPLE, "--", "X"),
+    "Blackbox stopped": (_ORANGE, "--", "o"),
     "Blackbox": (_RED, "--", "o"),
     "Hyperparam": (_GREEN, "-", "^"),
 }

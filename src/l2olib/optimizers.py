@@ -272,20 +272,10 @@ class NAdamW(Adam):
 
 
 @dataclass(frozen=True)
-class Held:
-    """An optimizer under which weights that no gradient reaches stay where they are.
-
-    A weight whose gradient has been exactly zero for ``patience`` steps does not move
-    until it has one again. Ours: a learned optimizer may let such weights grow (see
-    :class:`l2olib.spectra.Idle`). The optimizer itself goes on with its own memory.
-    """
+class Wrapped:
+    """Another optimizer, changed in one respect; its weights are those of that one."""
 
     optimizer: Any
-    patience: int = 100
-
-    def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1 step, not {self.patience}")
 
     @property
     def layout(self) -> Any:
@@ -294,9 +284,29 @@ class Held:
     def init_meta(self, seed: int) -> Meta:
         return self.optimizer.init_meta(seed)
 
+    def flops(self, n: int) -> int:
+        return self.optimizer.flops(n)
+
+
+@dataclass(frozen=True)
+class Held(Wrapped):
+    """An optimizer under which weights without a gradient stay where they are.
+
+    A weight moves for ``patience`` steps from its last gradient that is not exactly
+    zero, that step included, and then no more until it has one again. Ours: a learned
+    optimizer may let such weights grow (see :class:`l2olib.spectra.Idle`). The
+    optimizer itself goes on with its own memory.
+    """
+
+    patience: int = 100
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1 step, not {self.patience}")
+
     def init(self, params: Tensor) -> State:
         quiet = torch.zeros_like(params, dtype=torch.int32)
-        return {"optimizer": self.optimizer.init(params), "quiet": quiet}
+        return self.optimizer.init(params) | {"quiet": quiet}
 
     def update(
         self,
@@ -307,12 +317,34 @@ class Held:
         *,
         loss: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        delta, inner = self.optimizer.update(
-            meta, grad, state["optimizer"], params, loss=loss
-        )
+        inner = {name: value for name, value in state.items() if name != "quiet"}
+        delta, inner = self.optimizer.update(meta, grad, inner, params, loss=loss)
         quiet = torch.where(grad == 0, state["quiet"] + 1, 0)
         held = torch.where(quiet < self.patience, delta, 0.0)
-        return held, {"optimizer": inner, "quiet": quiet}
+        return held, inner | {"quiet": quiet}
 
-    def flops(self, n: int) -> int:
-        return self.optimizer.flops(n)
+
+@dataclass(frozen=True)
+class StoppedClock(Wrapped):
+    """An optimizer to which every step after the first ``at`` is the same step.
+
+    What it reads of the number of the step stays within what it has met in unrolls of
+    so many steps. Ours.
+    """
+
+    at: int = 2_000
+
+    def init(self, params: Tensor) -> State:
+        return self.optimizer.init(params)
+
+    def update(
+        self,
+        meta: Meta,
+        grad: Tensor,
+        state: State,
+        params: Tensor,
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        state = state | {"step": state["step"].clamp(max=self.at)}
+        return self.optimizer.update(meta, grad, state, params, loss=loss)

@@ -352,10 +352,10 @@ ROWS: tuple[Claim, ...] = (
         _BEYOND,
         "ours; likewise",
         "These weights are what diverges on held-out data under STAR 0.1; under STAR "
-        "0.5 they do no harm, and the divergence of Blackbox is another",
+        "0.5 they do no harm",
         tuple(
             IdleHarm(_IDLE, name, name == "STAR 0.1 #0")
-            for name in ("STAR 0.1 #0", "STAR 0.5 #0", "Blackbox #0")
+            for name in ("STAR 0.1 #0", "STAR 0.5 #0")
         ),
     ),
     Claim(
@@ -369,6 +369,25 @@ ROWS: tuple[Claim, ...] = (
             IdleHarm(_IDLE, "STAR 0.1 held", expected=False),
             NotWorse(_IDLE, "STAR 0.1 held", "STAR 0.1 #0", (1_000, _HORIZON)),
             Lower(_IDLE, "STAR 0.1 held", "STAR 0.1 #0", (10_000, 20_000)),
+        ),
+    ),
+    Claim(
+        "S28",
+        _BEYOND,
+        "ours; written before these runs",
+        "The divergence of Blackbox is another: it also diverges with such weights held",
+        (Diverges(_IDLE, "Blackbox held"),),
+    ),
+    Claim(
+        "S29",
+        _BEYOND,
+        "ours; written before these runs, after a look at what the networks answer at "
+        "later steps",
+        "What diverges beyond the horizon follows the clock: if it stops at the "
+        "horizon, neither STAR 0.1 nor Blackbox diverges",
+        tuple(
+            Diverges(_IDLE, f"{variant} stopped", expected=False)
+            for variant in ("STAR 0.1", "Blackbox")
         ),
     ),
     *_fig3("", "MLP, Fashion-MNIST", ("a", "c"), _FIG3C),

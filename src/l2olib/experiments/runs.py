@@ -16,7 +16,7 @@ from .. import claims, records
 from ..data import find_root, load
 from ..metatrain.truncated import LearningCurve, MetaWork
 from ..optimizees import Layout
-from ..optimizers import Held
+from ..optimizers import Wrapped
 from ..records import Record, RecordError
 from ..train import BURN_IN, Training, drive, repeatable
 from ..tuning import (
@@ -265,7 +265,7 @@ def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
     """Take from a meta-training's record what ``work`` needs, and check it fits."""
     whole = isinstance(work, LearningCurve)
     optimizer = work.optimizer if whole else work.method.optimizers[role]
-    learned = optimizer.optimizer if isinstance(optimizer, Held) else optimizer
+    learned = optimizer.optimizer if isinstance(optimizer, Wrapped) else optimizer
     trained = record.config["work"].get("optimizer")
     if trained != records.spec(learned):
         raise RecordError(

@@ -20,7 +20,7 @@ from ..metatrain.quadratic import (
 )
 from ..metatrain.truncated import LearningCurve
 from ..optimizees import MLP, Layout, conv_star
-from ..optimizers import SGD, Held, constant
+from ..optimizers import SGD, Held, StoppedClock, constant
 from ..spectra import Idle, Linearised
 from ..train import Alone, Training
 from ..tuning import adam_at
@@ -480,6 +480,10 @@ def _star_fig3(
     )
 
 
+_LAST_STEP = 1_999
+"""The last step, counted from 0, of an unroll in meta-training."""
+
+
 def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     """The optimizers of Fig. 3c again: what becomes of weights without a gradient."""
     smoke = profile == "smoke"
@@ -487,12 +491,17 @@ def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
     count = seeds or (2 if smoke else 5)
     size |= {"seeds": count, "replicas": count}
     runs = list(star_tests(profile, STAR_FIG3, 1, **size))
-    of = star_training(profile, "STAR 0.1")
+    of = star_training(profile)
     same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
     runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **same, **size)
-    weights = star_weights("mlp", "STAR 0.1", 0, profile) + BEST
-    held = {"STAR 0.1 held": Alone(Held(of.optimizer))}
-    runs += trainings(held, weights, **same, **size)
+    for variant in ("STAR 0.1", "Blackbox"):
+        optimizer = star_training(profile, variant).optimizer
+        changed = {
+            f"{variant} held": Alone(Held(optimizer)),
+            f"{variant} stopped": Alone(StoppedClock(optimizer, _LAST_STEP)),
+        }
+        weights = star_weights("mlp", variant, 0, profile) + BEST
+        runs += trainings(changed, weights, **same, **size)
     for name, work in runs:
         yield name, Idle.of(work, **({"seen": 64} if smoke else {}))
 
