@@ -34,6 +34,8 @@ from l2olib.claims.kinds import (
     DivergesOn,
     FewerHyperparameters,
     GoesWith,
+    IdleGrow,
+    IdleHarm,
     Inside,
     KeepsBetter,
     Later,
@@ -527,6 +529,29 @@ def test_at_the_edge_looks_from_the_first_touch_to_a_tenth_of_the_loss():
     for out, passed in ((1, True), (2, False)):  # four fifths of five
         some["ritz"][:out, :, 0, 0] = 0.5
         assert AtTheEdge("f", "some")({"some": some}).passed is passed
+
+
+def test_idle_weights_that_grow_or_harm():
+    def arrays(growth, with_, without):
+        last = {"growth": growth, "test_loss": with_, "pruned.test_loss": without}
+        return {
+            k: torch.tensor([[1.0, v] for v in values]) for k, values in last.items()
+        }
+
+    inf, nan = math.inf, math.nan
+    curves = {
+        "all": arrays([11.0] * 5, [3.0] * 5, [1.0] * 5),
+        "most": arrays([11.0, 11, 11, inf, 2], [3.0, 3, nan, inf, 1], [1.0] * 5),
+        "some": arrays([11.0, 11, 11, 2, 2], [3.0, 3, 3, 1, 1], [1.0] * 5),
+        "none": arrays([nan] * 5, [1.0] * 5, [1.0] * 5),
+        "both gone": arrays([nan] * 5, [nan] * 5, [inf] * 5),
+        "worse without": arrays([9.0] * 5, [1.0] * 5, [inf] * 5),
+    }
+    for kind in (IdleGrow, IdleHarm):
+        found = {k: kind("f", k)(curves).passed for k in curves}
+        assert found == {k: k in ("all", "most") for k in curves}
+        absent = {k: kind("f", k, False)(curves).passed for k in curves}
+        assert absent == {k: k not in ("all", "most", "some") for k in curves}
 
 
 def test_steps_inside_reads_moduli_at_the_last_marks():

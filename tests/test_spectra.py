@@ -230,3 +230,27 @@ def test_a_look_at_no_items_is_refused():
             optimizee=MLP((2, 4, 2)), data="moons", method=Alone(SGD(constant(0.1))),
             steps=10, seeds=(0,), segment=10, seen=0,
         )  # fmt: skip
+
+
+def test_weights_of_a_dead_unit_are_idle_and_cutting_them_changes_little():
+    """All items are seen; what changes is a unit that an idle weight had kept off."""
+    work = spectra.Idle(
+        optimizee=MLP((64, 8, 10), "relu"), data="digits",
+        method=Alone(SGD(constant(0.1))), steps=10, seeds=(0,), segment=10, batch=32,
+        evaluations=1,
+    )  # fmt: skip
+    job = work.job("cpu", False, {"optimizer": {}})
+    method = job.start()["method"]
+    before = job.measure(method, 10)
+    layout = work.optimizee.layout
+    views = layout.views(method["params"][0].clone())
+    views["b0"][3] = -100.0
+    views["w1"][3] *= 50.0  # it would speak loudly
+    dead = torch.cat([v.flatten() for v in views.values()])[None]
+    found = job.measure(method | {"params": dead}, 10)
+    added = (64 + 1 + 10) / layout.n  # some of them may have been idle before
+    assert 0.5 * added < (found["idle"] - before["idle"]).item() <= added
+    assert found["growth"] > 10
+    for look in (before, found):
+        full, pruned = look["full_loss"].item(), look["pruned.full_loss"].item()
+        assert pruned == pytest.approx(full, rel=1e-3)

@@ -134,6 +134,18 @@ def test_the_finalists_decide_in_runs_of_full_length(toy_data):
     assert chosen.settle(arrays, 80) == Alone(other)
 
 
+def test_who_failed_in_a_first_trial_is_no_finalist(toy_data):
+    work = longer(3)
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[3.0, inf, 1.0, nan, inf]])
+    blank = torch.full((1, 5), nan)
+    assert work.left_in_final(scores, blank) == [2, 0]
+    blank[0, 2] = inf
+    assert work.left_in_final(scores, blank) == [0]
+    with pytest.raises(RecordError, match="no trial of toy.tune T/0 stayed finite"):
+        Chosen("toy.tune", "T/0", work).settle({"scores": scores, "final": blank}, 40)
+
+
 def test_a_final_resumes_and_counts_its_steps(toy_data, tmp_path: Path, monkeypatch):
     work, seen = longer(), []
 
@@ -189,6 +201,8 @@ def test_progress_counts_steps(toy_data):
 def test_impossible_tunings_are_refused():
     with pytest.raises(ValueError, match="bracket names candidates 0 to 5, not"):
         toy((3, 6))
+    with pytest.raises(ValueError, match="finalists and the final's steps come"):
+        longer(2, 0)
     with pytest.raises(ValueError, match="of 5 candidates 6 cannot be finalists"):
         longer(6)
     with pytest.raises(ValueError, match="steps must be a positive multiple"):

@@ -51,6 +51,8 @@ class Tuning(Training):
                 f"of {len(self.candidates)} candidates {self.finalists} cannot be "
                 "finalists"
             )
+        if bool(self.finalists) != bool(self.final):
+            raise ValueError("finalists and the final's steps come together")
         if self.finalists:
             self.trial(0, final=True)  # complains of a length that does not fit
         if self.candidates[:1] != (self.method,):
@@ -87,10 +89,13 @@ class Tuning(Training):
         return [beyond] if 0 <= beyond < len(self.candidates) else []
 
     def left_in_final(self, scores: Tensor, final: Tensor) -> list[int]:
-        """Finalists still to be tried at length; ``final [R, K]`` like ``scores``."""
-        mean = scores.double().mean(0).nan_to_num(nan=torch.inf)
+        """Finalists still to be tried at length; ``final [R, K]`` like ``scores``.
+
+        Not those that were not tried before, or in vain, so there may be fewer.
+        """
+        mean = scores.double().mean(0).nan_to_num(torch.inf, torch.inf)
         chosen = mean.argsort(stable=True)[: self.finalists].tolist()
-        return [k for k in chosen if final[0, k].isnan()]
+        return [k for k in chosen if mean[k].isfinite() and final[0, k].isnan()]
 
     def job(self, device: str, compile: bool, metas: Metas) -> TuningJob:
         return TuningJob(self, metas, device, compile)
@@ -168,7 +173,10 @@ class TuningJob:
         )
         done = tried * c.steps + finals * c.final
         left = len(c.left(state["scores"])) * c.steps
-        left += (c.finalists - finals) * c.final
+        if left:
+            left += c.finalists * c.final
+        elif c.finalists:
+            left = len(c.left_in_final(state["scores"], state["final"])) * c.final
         return done + current, done + left
 
     def finish(self, state: State) -> dict[str, Tensor]:

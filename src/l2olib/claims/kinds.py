@@ -804,7 +804,7 @@ class IdleGrow:
     """Weights of ``method`` that no gradient reaches have grown ``by`` when it ends.
 
     Against the same weights at the start, in at least four fifths of the seeds (or not:
-    in at most one fifth).
+    in at most one fifth). Where no weight is idle there is no growth.
     """
 
     experiment: str
@@ -814,7 +814,7 @@ class IdleGrow:
 
     def __call__(self, curves: Curves) -> Outcome:
         growth = _method(curves, self.method)["growth"][:, -1].double()
-        growth = growth.nan_to_num(torch.inf)
+        growth = growth.nan_to_num(0.0, torch.inf)
         return _most(growth > self.by, self.expected, growth.median(), "times the size")
 
     def __str__(self) -> str:
@@ -824,10 +824,11 @@ class IdleGrow:
 
 @dataclass(frozen=True)
 class IdleHarm:
-    """Without its idle weights ``method`` ends with a ``by`` times lower held-out loss.
+    """Without its idle weights ``method`` ends with a held-out loss lower by a factor.
 
-    Those that no gradient reaches when it ends; in at least four fifths of the seeds
-    (or not: in at most one fifth). A loss that is not finite is infinite.
+    Those that no gradient reaches when it ends, and the factor ``by``; in at least four
+    fifths of the seeds (or not: in at most one fifth). A loss that is not finite is
+    infinite.
     """
 
     experiment: str
@@ -837,15 +838,21 @@ class IdleHarm:
 
     def __call__(self, curves: Curves) -> Outcome:
         with_, without = (
-            _method(curves, self.method)[name][:, -1].double().nan_to_num(torch.inf)
+            _method(curves, self.method)[name][:, -1].double()
             for name in ("test_loss", "pruned.test_loss")
         )
-        ratio = (with_ / without).nan_to_num(1.0)
+        with_, without = (
+            torch.where(loss.isfinite(), loss, torch.inf) for loss in (with_, without)
+        )
+        ratio = (with_ / without).nan_to_num(1.0, torch.inf)  # both infinite: no less
         return _most(ratio > self.by, self.expected, ratio.median(), "times the loss")
 
     def __str__(self) -> str:
         verb = "is" if self.expected else "is not"
-        return f"held-out loss of {self.method} {verb} {self.by:g} times less without"
+        return (
+            f"held-out loss of {self.method} {verb} lower by a factor of {self.by:g} "
+            "without idle weights"
+        )
 
 
 def _most(found: Tensor, expected: bool, median: Tensor, of: str) -> Outcome:
