@@ -510,7 +510,7 @@ def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
     """A hundred times the horizon of meta-training, also at ``laptop``."""
     changes: dict[str, Any] = {} if profile == "smoke" else {"steps": 200_000}
     if profile == "laptop":
-        changes |= {"seeds": 3, "replicas": 3}
+        changes |= {"seeds": 6, "replicas": 3}
     return star_tests(profile, ("STAR 0.5",), 1, **changes)
 
 
