@@ -40,6 +40,7 @@ _METHODS = {
     "STAR 0.1": (_SKY, "-.", "v"),
     "STAR 0.1 held": (_BLACK, "-.", "X"),
     "STAR 0.1 stopped": (_GREY, "-.", "v"),
+    "STAR 0.5 stopped": (_GREY, "-", "s"),
     "Blackbox held": (_PURPLE, "--", "X"),
     "Blackbox stopped": (_ORANGE, "--", "o"),
     "Blackbox": (_RED, "--", "o"),

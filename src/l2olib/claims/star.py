@@ -405,6 +405,17 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "S30",
+        _BEYOND,
+        "ours; written before these runs, and with three of six seeds of S8 seen",
+        "With its clock stopped at the horizon STAR stays good for a hundred times as "
+        "many steps, and ends lower than without",
+        (
+            Diverges("star.long", "STAR 0.5 stopped", expected=False),
+            Lower("star.long", "STAR 0.5 stopped", "STAR 0.5 #0", (150_000, 200_000)),
+        ),
+    ),
+    Claim(
         "S12",
         _EVOLUTION,
         "STAR, App. C.1",

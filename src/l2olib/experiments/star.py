@@ -507,11 +507,18 @@ def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
 
 
 def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
-    """A hundred times the horizon of meta-training, also at ``laptop``."""
+    """A hundred times the horizon of meta-training, also at ``laptop``.
+
+    And the same with the clock stopped at the horizon.
+    """
     changes: dict[str, Any] = {} if profile == "smoke" else {"steps": 200_000}
     if profile == "laptop":
         changes |= {"seeds": 6, "replicas": 3}
-    return star_tests(profile, ("STAR 0.5",), 1, **changes)
+    runs = list(star_tests(profile, ("STAR 0.5",), 1, **changes))
+    yield from runs
+    for name, work in runs:
+        stopped = Alone(StoppedClock(work.method.optimizer, _LAST_STEP))
+        yield name.replace("#0", "stopped"), replace(work, method=stopped)
 
 
 def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
