@@ -246,9 +246,12 @@ def test_star_from_meta_training_to_curves(monkeypatch, tmp_path):
         for run in runs(name, "smoke"):
             folder = tmp_path / "data" / "optimizers"
             run.execute(checkpoint=False).save(folder / f"{run.name}.safetensors")
-    (long,) = [r for r in runs("star.long", "smoke") if r.name.endswith("/0")]
-    found = long.execute(checkpoint=False).arrays
+    found, stopped = (
+        r.execute(checkpoint=False).arrays for r in runs("star.long", "smoke")
+    )
     assert found["steps"][-1] == 50 and found["loss"].isfinite().all()
+    # the same weights, and no step of this run is beyond where the clock stops
+    assert torch.equal(found["loss"], stopped["loss"])
     curves = experiments.curves(
         [(r, r.execute(checkpoint=False)) for r in runs("star.fig3a", "smoke")]
     )
