@@ -284,6 +284,9 @@ class Wrapped:
     def init_meta(self, seed: int) -> Meta:
         return self.optimizer.init_meta(seed)
 
+    def init(self, params: Tensor) -> State:
+        return self.optimizer.init(params)
+
     def flops(self, n: int) -> int:
         return self.optimizer.flops(n)
 
@@ -306,7 +309,7 @@ class Held(Wrapped):
 
     def init(self, params: Tensor) -> State:
         quiet = torch.zeros_like(params, dtype=torch.int32)
-        return self.optimizer.init(params) | {"quiet": quiet}
+        return super().init(params) | {"quiet": quiet}
 
     def update(
         self,
@@ -332,10 +335,7 @@ class StoppedClock(Wrapped):
     so many steps. Ours.
     """
 
-    at: int = 2_000
-
-    def init(self, params: Tensor) -> State:
-        return self.optimizer.init(params)
+    at: int
 
     def update(
         self,

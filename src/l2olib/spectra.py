@@ -186,13 +186,12 @@ class Idle(Training):
     Idle are the weights whose gradient on the first ``seen`` training items is exactly
     zero at that mark: in a network of ReLUs those of units that none of these items
     activates, and those between two that are never on together. Its record also holds,
-    ``[R, marks]`` each,
-    the share of weights that are ``idle``; the ``growth`` of these, their norm over the
-    norm of the same weights at the start (NaN if there are none); and full and held-out
-    losses and held-out error of the network with its idle weights set to zero,
-    ``pruned.full_loss`` and so on. On the items seen that network has the same outputs,
-    but for units that an idle weight had kept off, and where losses are so large that a
-    gradient rounds to zero.
+    ``[R, marks]`` each, the share of weights that are ``idle``; the ``growth`` of
+    these, their norm over the norm of the same weights at the start (NaN if there are
+    none); and full and held-out losses and held-out error of the network with its idle
+    weights set to zero, ``pruned.full_loss`` and so on. On the items seen that network
+    has the same outputs, but for units that an idle weight had kept off, and where
+    losses are so large that a gradient rounds to zero.
     """
 
     seen: int = 2_048

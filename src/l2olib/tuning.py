@@ -68,10 +68,7 @@ class Tuning(Training):
         own = {f.name: getattr(self, f.name) for f in fields(Training)}
         own["method"] = self.candidates[k]
         if final:
-            own |= {
-                "method": stretched(self.candidates[k], self.final),
-                "steps": self.final,
-            }
+            own |= {"method": stretched(own["method"], self.final), "steps": self.final}
         return Training(**own)
 
     def left(self, scores: Tensor) -> list[int]:

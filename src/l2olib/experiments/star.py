@@ -387,7 +387,7 @@ STAR_TEST: dict[str, dict[str, Any]] = {
         "seeds": 2,
         "replicas": 2,
         "evaluations": 3,
-    },  # fmt: skip
+    },
     "laptop": {"steps": 20_000, "seeds": SEEDS, "replicas": SEEDS},
     "paper": {"steps": 200_000, "seeds": 25, "replicas": 25},
 }
@@ -480,8 +480,9 @@ def _star_fig3(
     )
 
 
-_LAST_STEP = 1_999
-"""The last step, counted from 0, of an unroll in meta-training."""
+def _stopped(optimizer: Any, profile: str) -> Alone:
+    """It with its clock stopped at the last step, counted from 0, of an unroll."""
+    return Alone(StoppedClock(optimizer, star_training(profile).rollout - 1))
 
 
 def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
@@ -498,7 +499,7 @@ def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
         optimizer = star_training(profile, variant).optimizer
         changed = {
             f"{variant} held": Alone(Held(optimizer)),
-            f"{variant} stopped": Alone(StoppedClock(optimizer, _LAST_STEP)),
+            f"{variant} stopped": _stopped(optimizer, profile),
         }
         weights = star_weights("mlp", variant, 0, profile) + BEST
         runs += trainings(changed, weights, **same, **size)
@@ -517,7 +518,7 @@ def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
     runs = list(star_tests(profile, ("STAR 0.5",), 1, **changes))
     yield from runs
     for name, work in runs:
-        stopped = Alone(StoppedClock(work.method.optimizer, _LAST_STEP))
+        stopped = _stopped(work.method.optimizer, profile)
         yield name.replace("#0", "stopped"), replace(work, method=stopped)
 
 
