@@ -188,6 +188,13 @@ def test_stars_convnet_is_for_a_gpu():
     for profile in ("record", "laptop"):
         assert not experiments.ready("star.fig3b", profile)
     assert experiments.pending("star.fig3b", "laptop") == "Only at profile paper."
+
+
+def test_many_that_wait_are_a_number(monkeypatch, tmp_path):
+    monkeypatch.setenv("L2OLIB_ROOT", str(tmp_path))  # a book without records
+    labels = {r.label for r in runs("star.fig4", "laptop")}
+    many = f"Not recorded yet: {len(labels)} of {len(labels)}."
+    assert experiments.pending("star.fig4", "record") == many and len(labels) == 24
     work = experiments.star_training("smoke", "STAR 0.5", "conv")
     run = experiments.Run("star.x", 1, "smoke", "conv-x-0", work)
     assert run.execute(checkpoint=False).arrays["validation"].isfinite().all()
