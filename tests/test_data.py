@@ -32,6 +32,7 @@ SHAPES = {
     "circles": (5000, 5000, (2,), 2),
     "moons": (5000, 5000, (2,), 2),
     "spirals": (5000, 5000, (2,), 2),
+    "normals": (5000, 5000, (2,), 1),
     "digits": (1437, 360, (1, 8, 8), 10),
     "digits28": (1437, 360, (1, 28, 28), 10),
     "digits64": (1437, 360, (1, 64, 64), 10),
@@ -492,7 +493,11 @@ def test_point_sets_have_the_published_geometry() -> None:
             assert (side * along).mean() > 0.9
         # t = 4 pi sqrt(u) spreads the items evenly over the disc's area.
         assert abs((radius**2).mean() - 0.5) < 0.02
-    for loaded in (circles, moons, spirals):
+    normals = data.load("normals")
+    for split in (normals.train, normals.test):
+        assert split.x.mean(0).abs().max() < 1e-6
+        assert (split.x.T @ split.x / 5000 - torch.eye(2)).abs().max() < 0.05
+    for loaded in (circles, moons, spirals, normals):
         assert not torch.equal(loaded.train.x, loaded.test.x)
 
 

@@ -205,6 +205,25 @@ def test_quadratic():
     assert torch.equal(quadratic.init(0), torch.tensor([1.0, -2.0]))
 
 
+def test_a_quadratic_whose_minimum_moves():
+    hessian = ((2.0, 0.5), (0.5, 1.0))
+    quadratic = Quadratic(hessian, (1.0, -2.0), (0.25, 0.0), spread=3.0, moves=True)
+    inputs = random_numbers(0, 4, 2)
+    task = Task(quadratic, data_set(inputs, torch.zeros(4, dtype=torch.int64)))
+    w, idx = random_numbers(1, 2), torch.tensor([0, 3])
+    minima = torch.tensor([0.25, 0.0]) + inputs[idx]
+    h = torch.tensor(hessian, dtype=torch.float64)
+    loss, grad = task.loss_and_grad(w, idx)
+    each = [0.5 * (w - m) @ h @ (w - m) for m in minima]
+    assert loss.item() == pytest.approx(sum(each).item() / 2, rel=1e-14)
+    assert torch.allclose(grad, h @ (w - minima.mean(0)), rtol=1e-13)
+    assert task.test_error(w).isnan()
+    starts = torch.stack([quadratic.init(seed) for seed in range(400)])
+    assert torch.equal(quadratic.init(7), starts[7])
+    assert (starts.mean(0) - torch.tensor([1.0, -2.0])).abs().max() < 0.5
+    assert (starts.std(0) - 3.0).abs().max() < 0.4
+
+
 @every_network
 def test_work_equals_what_torch_counts(name):
     optimizee, shape = NETWORKS[name]

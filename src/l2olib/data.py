@@ -495,6 +495,12 @@ def _spirals(seed: int) -> Split:
     return _tensors(x.astype(np.float32), y)
 
 
+def _normals(seed: int) -> Split:
+    """Draw points from N(0, I) in the plane, and take off their mean."""
+    x = np.random.default_rng(seed).standard_normal((5000, 2))
+    return _tensors((x - x.mean(0)).astype(np.float32), np.zeros(5000))
+
+
 def _digits(size: int) -> tuple[Split, Split, int]:
     """Return scikit-learn's digits as uint8 images of `size`, 8 or more; last 360 test.
 
@@ -586,6 +592,7 @@ _MADE: dict[str, Callable[[], tuple[Split, Split, int]]] = {
     "circles": lambda: (_circles(0), _circles(1), 2),
     "moons": lambda: (_moons(0), _moons(1), 2),
     "spirals": lambda: (_spirals(0), _spirals(1), 2),
+    "normals": lambda: (_normals(0), _normals(1), 1),
     "digits": lambda: _digits(8),
     "digits28": lambda: _digits(28),
     "digits64": lambda: _digits(64),

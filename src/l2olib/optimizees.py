@@ -498,20 +498,26 @@ class Quadratic:
     """f(w) = (w - c)' H (w - c) / 2 + xi' (w - c), xi the batch's mean input.
 
     With inputs of mean zero this is a noisy quadratic whose gradient noise is the mean
-    of the batch; with zero inputs it is the deterministic quadratic of the theory.
-    ``hessian`` is ``n`` rows of ``n`` numbers, ``start`` and ``center`` have length n.
+    of the batch; with zero inputs it is the deterministic quadratic of the theory. If
+    it ``moves``, each item has its minimum at c plus its input instead, as in STAR's
+    section 4. ``hessian`` is ``n`` rows of ``n`` numbers, ``start`` and ``center`` have
+    length n; starts are normal about ``start``, with standard deviation ``spread``.
     """
 
     hessian: tuple[tuple[float, ...], ...]
     start: tuple[float, ...]
     center: tuple[float, ...] | None = None
+    spread: float = 0.0
+    moves: bool = False
 
     @cached_property
     def layout(self) -> Layout:
         return Layout({"w": (len(self.start),)})
 
     def init(self, seed: int) -> Tensor:
-        return torch.tensor(self.start)
+        gen = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(self.layout.n, generator=gen)
+        return torch.tensor(self.start) + self.spread * drawn
 
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         h = torch.tensor(self.hessian, dtype=params.dtype, device=params.device)
@@ -520,8 +526,15 @@ class Quadratic:
             dtype=params.dtype,
             device=params.device,
         )
-        d = params - c
-        return 0.5 * d @ h @ d + batch[0].to(params.dtype) @ d
+        d, x = params - c, batch[0].to(params.dtype)
+        if self.moves:
+            d = d - x  # [B, n]
+            return 0.5 * ((d @ h) * d).sum(1)
+        return 0.5 * d @ h @ d + x @ d
+
+    def errors(self, params: Tensor, batch: Batch) -> Tensor:
+        """NaN ``[B]``: a quadratic classifies nothing."""
+        return torch.full_like(batch[1], torch.nan, dtype=params.dtype)
 
     def flops(self, items: int, gradient: bool = False) -> int:
         forward = 2 * (self.layout.n**2 + self.layout.n + items * self.layout.n)

@@ -13,13 +13,14 @@ from ..learned.mlp import Direction, MLPOptimizer, blackbox, hyperparam, star
 from ..metatrain.estimates import EstimateStatistics, RateTraining
 from ..metatrain.evolution import PES, BackPropagation, Evolution, es
 from ..metatrain.quadratic import (
+    HESSIAN,
     GradientVariance,
     QuadraticMetaTraining,
     Spectrum,
     literal_shares,
 )
 from ..metatrain.truncated import LearningCurve
-from ..optimizees import MLP, Layout, conv_star
+from ..optimizees import MLP, Layout, Quadratic, conv_star
 from ..optimizers import SGD, Held, StoppedClock, constant
 from ..spectra import Idle, Linearised
 from ..train import Alone, Training
@@ -464,6 +465,29 @@ def _star_stability(
         yield name, Linearised.of(work, **look)
 
 
+NOISY = Quadratic(HESSIAN, (0.0, 0.0), spread=10**0.5, moves=True)
+"""STAR's noisy quadratic as an optimizee, on ``normals``."""
+
+
+def _star_quadratic(
+    profile: str, seeds: int | None = None
+) -> Iterable[tuple[str, Any]]:
+    """The same optimizers on the problem of the theory, where no value is missing."""
+    smoke = profile == "smoke"
+    size: dict[str, Any] = {"steps": 50} if smoke else {"steps": 20_000}
+    size |= {"seeds": seeds or (1 if smoke else 5), "replicas": 1, "batch": 1}
+    size |= {"segment": 50, "evaluations": 1 if smoke else 20}
+    size |= {"optimizee": NOISY, "data": "normals"}
+    runs: list[tuple[str, Training]] = []
+    for variant in STAR_FIG3:
+        method = Alone(star_optimizer(variant, NOISY.layout))
+        weights = star_weights("mlp", variant, 0, profile) + BEST
+        runs += trainings({f"{variant} #0": method}, weights, **size)
+    runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **size)
+    for name, work in runs:
+        yield name, Linearised.of(work, size=16)  # parameters and state: all there are
+
+
 ADAM_RATES = (3e-4, 1e-3, 3e-3)
 
 
@@ -681,6 +705,12 @@ ENTRIES = [
         version=2,
     ),
     Experiment(
+        "star.quadratic",
+        "Noisy quadratic: eigenvalues of the step of learned optimizers",
+        "09-stability-by-design",
+        _star_quadratic,
+    ),
+    Experiment(
         "star.normalisation",
         "Digits: random blackbox terms, input and output normalised or not",
         "09-stability-by-design",
@@ -709,7 +739,7 @@ ENTRIES = [
         Experiment(
             name,
             f"Fashion-MNIST: short meta-trainings ({what})",
-            "10-evolution-strategies",
+            "10d-ablations",
             _appendix(name),
             # At the paper's scale star.metatrain has all of the first.
             profiles=PROFILES[: 2 if name == "star.appfig1" else 3],
@@ -725,7 +755,7 @@ ENTRIES = [
     Experiment(
         "star.ablations",
         "Fashion-MNIST: the short meta-trainings compared",
-        "10-evolution-strategies",
+        "10d-ablations",
         _star_ablations,
     ),
     Experiment(
