@@ -739,7 +739,7 @@ ENTRIES = [
         Experiment(
             name,
             f"Fashion-MNIST: short meta-trainings ({what})",
-            "10d-ablations",
+            "10-evolution-strategies",
             _appendix(name),
             # At the paper's scale star.metatrain has all of the first.
             profiles=PROFILES[: 2 if name == "star.appfig1" else 3],
@@ -755,7 +755,7 @@ ENTRIES = [
     Experiment(
         "star.ablations",
         "Fashion-MNIST: the short meta-trainings compared",
-        "10d-ablations",
+        "10-evolution-strategies",
         _star_ablations,
     ),
     Experiment(

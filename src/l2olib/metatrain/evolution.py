@@ -65,12 +65,14 @@ class Online:
     """What the estimators share: unrolls that go on from truncation to truncation.
 
     They are frozen dataclasses with the fields of :class:`PES` that are read here;
-    ``members`` unrolls make a pair and share initial parameters and batches. The state
-    of N pairs of M members: ``params [N, M, n]``, ``optimizer`` (leaves [N, M, ...]),
-    ``steps`` and ``episodes`` ``[N]``.
+    ``members`` unrolls make a pair and share initial parameters and batches, and an
+    estimate costs ``passes`` times their steps. The state of N pairs of M members:
+    ``params [N, M, n]``, ``optimizer`` (leaves [N, M, ...]), ``steps`` and ``episodes``
+    ``[N]``.
     """
 
     members: int
+    passes: int = 1
     pairs: Any
     truncation: Any
     horizon: Any
@@ -251,6 +253,7 @@ class BackPropagation(Online):
     """
 
     members = 1
+    passes = 3
     resets = "free"
     unrolls: int = 4
     truncation: int = 50
@@ -391,7 +394,7 @@ class Evolution(MetaWork):
         """Estimated time on one CPU core."""
         n, e = self.optimizee.layout.n, self.estimator
         flops = self.optimizer.flops(n) + self.optimizee.flops(self.batch, True)
-        steps = self.iterations * e.pairs * e.members * e.truncation
+        steps = self.iterations * e.pairs * e.members * e.passes * e.truncation
         steps += self.iterations // self.validate_every * self.rollout
         return steps * (flops / RATE + OVERHEAD)
 
