@@ -791,7 +791,8 @@ class StepsInside:
         largest = modulus.amax((1, 2))
         _enough(len(largest))
         share = (largest <= self.bound).double().mean().item()
-        text = f"{share:.0%} of seeds, largest modulus {largest.median():.4g} (median)"
+        beyond = largest.median().item() - 1
+        text = f"{share:.0%} of seeds, largest modulus 1{beyond:+.2g} (median)"
         return Outcome(share >= 0.8 if self.expected else share <= 0.2, None, text)
 
     def __str__(self) -> str:
