@@ -62,6 +62,8 @@ def test_the_digest_covers_configuration_and_arrays():
     assert Record(reordered, dict(reversed(arrays().items())), FACTS).digest == base
     strided = arrays() | {"loss": arrays()["loss"].T.contiguous().T}
     assert Record(CONFIG, strided, FACTS).digest == base
+    one, column = torch.tensor([2.5]), torch.tensor([[1.0, 2.5]])[:, -1]
+    assert digest(CONFIG, {"x": column}) == digest(CONFIG, {"x": one})
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def digest(config: Any, arrays: Mapping[str, Tensor] | None = None) -> str:
     for name in sorted(arrays or {}):
         a = (arrays or {})[name].detach().cpu().contiguous()
         sha.update(f"\0{name}\0{a.dtype}\0{tuple(a.shape)}\0".encode())
-        sha.update(a.reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = a.as_strided((a.numel(),), (1,))  # one element may have another stride
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
