@@ -284,6 +284,7 @@ def test_smoke_runs_need_no_download():
                 "moons",
                 "circles",
                 "spirals",
+                "normals",
                 "descriptions-256x16",
             )
 
