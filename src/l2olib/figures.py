@@ -36,8 +36,6 @@ _METHODS = {
     "LGL2O over SGD": (_RED, "-", "s"),
     "LGL2O over SGD+momentum": (_SKY, "-", "D"),
     "LGL2O over Adam": (_ORANGE, "-", "P"),
-    "STAR 0": (_ORANGE, "-", "*"),
-    "STAR 1": (_BLACK, ":", "D"),
     "STAR 0.5": (_BLUE, "-", "s"),
     "STAR 0.1": (_SKY, "-.", "v"),
     "STAR 0.1 held": (_BLACK, "-.", "X"),
