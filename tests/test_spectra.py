@@ -8,6 +8,7 @@ from problems import Step
 
 from l2olib import spectra
 from l2olib.data import load
+from l2olib.guards import LGL2O
 from l2olib.optimizees import MLP, Task
 from l2olib.optimizers import SGD, Adam, AdamW, constant
 from l2olib.train import Alone, drive
@@ -49,6 +50,22 @@ def test_gradient_descent_on_a_quadratic_has_one_minus_rate_times_curvature():
     torch.testing.assert_close(found.real, expected, rtol=0, atol=1e-10)
     assert found.imag.abs().max() < 1e-10
     assert residuals.max() < 1e-8
+
+
+def test_the_order_of_a_state_does_not_matter():
+    """A file gives it back by name; the step is the same."""
+    torch.manual_seed(0)
+    at, optimizer = torch.randn(3).double(), Adam(constant(0.1))
+    _, state = optimizer.update({}, at, optimizer.init(at), at)
+    turned = dict(reversed(state.items()))
+    assert list(turned) != list(state)
+    jacobians = []
+    for each in (state, turned):
+        arguments = {}, at, each, torch.arange(1)
+        step, point = spectra.step_map(quadratic(3.0, 2.0, 1.0), optimizer, *arguments)
+        jacobians.append(torch.func.jacrev(step)(point))
+    moduli = [torch.linalg.eigvals(j).abs().sort().values for j in jacobians]
+    torch.testing.assert_close(*moduli)
 
 
 @pytest.mark.parametrize("curvature", [0.5, 60.0])
@@ -171,6 +188,12 @@ def test_a_resumed_training_has_the_same_bits(tmp_path):
         assert torch.equal(value.nan_to_num(7), arrays[name].nan_to_num(7)), name
 
 
+def test_a_guard_has_no_single_step():
+    guard = LGL2O(SGD(constant(0.1)), SGD(constant(0.1)))
+    with pytest.raises(ValueError, match="one optimizer alone, not a guard"):
+        spectra.Linearised(MLP((2, 4, 2)), "moons", guard, 10, (0,), segment=10)
+
+
 def test_several_replicas_are_refused():
     with pytest.raises(ValueError, match="replicas must be 1"):
         spectra.Linearised(
@@ -251,6 +274,9 @@ def test_weights_of_a_dead_unit_are_idle_and_cutting_them_changes_little():
     added = (64 + 1 + 10) / layout.n  # some of them may have been idle before
     assert 0.5 * added < (found["idle"] - before["idle"]).item() <= added
     assert found["growth"] > 10
+    views["b1"][0] = math.inf  # some other weight has diverged
+    torn = torch.cat([v.flatten() for v in views.values()])[None]
+    assert job.measure(method | {"params": torn}, 10)["growth"].isfinite()
     for look in (before, found):
         full, pruned = look["full_loss"].item(), look["pruned.full_loss"].item()
         assert pruned == pytest.approx(full, rel=1e-3)

@@ -451,6 +451,19 @@ def killed_work() -> Training:
     return Training(MLP((2, 5, 2)), "moons", guard, 400, (0, 1), 2, 16, 10)
 
 
+def test_a_resumed_state_has_the_order_of_the_saved_one(toy_data, tmp_path):
+    """Functions are compiled for a state as it is, its order included."""
+    config, path = work(METHODS["alone"]), tmp_path / "run.checkpoint"
+    job = config.job("cpu", False, metas_of(config.method))
+    seen, advance = [], job.advance
+    job.advance = lambda state: (seen.append(state), advance(state))[1]
+    with pytest.raises(Unfinished):
+        drive(job, checkpoint=path, time_limit=0.0)
+    started = records.flatten(job.start())
+    drive(job, checkpoint=path)
+    assert list(records.flatten(seen[0])) == list(started) != sorted(started)
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(toy_data, tmp_path):
     config, path = work(METHODS["alone"]), tmp_path / "run.checkpoint"
     outcome(config, key="one", checkpoint=path, save_every=0)

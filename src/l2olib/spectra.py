@@ -55,6 +55,8 @@ def step_map(
         delta, after = optimizer.update(
             meta, grad, pytree.tree_unflatten(inside, spec), at, loss=loss
         )
+        # by name: a state read from a file has its entries in another order
+        after = pytree.tree_map(lambda _, new: new, state, after)
         moved = zip(pytree.tree_leaves(after), real, strict=True)
         return torch.cat([at + delta, *(v.flatten() for v, r in moved if r)])
 
@@ -147,6 +149,8 @@ class Linearised(Training):
         super().__post_init__()
         if self.replicas != 1:
             raise ValueError("one seed at a time: replicas must be 1")
+        if not hasattr(self.method, "optimizer"):
+            raise ValueError("the method must be one optimizer alone, not a guard")
 
     def job(self, device: str, compile: bool, metas: Metas) -> LinearisedJob:
         return LinearisedJob(self, metas, device, compile)
@@ -170,7 +174,9 @@ class LinearisedJob(TrainingJob):
             {k: v.double() for k, v in self.metas["optimizer"].items()},
             inner["params"].double(),
             inner["optimizer"],
-            torch.arange(c.sample or self.task.items, device=self.device),
+            torch.arange(
+                min(c.sample or self.task.items, self.task.items), device=self.device
+            ),
         )
         values, residuals = ritz_values(step, point, c.size)
         return found | {
@@ -220,5 +226,6 @@ class IdleJob(TrainingJob):
         pruned = params.masked_fill(idle, 0.0)
         found = {f"pruned.{k}": look(pruned) for k, look in self.looks.items()}
         found["idle"] = idle.float().mean(1)
-        found["growth"] = (params * idle).norm(dim=1) / (first * idle).norm(dim=1)
+        now, before = (v.masked_fill(~idle, 0.0).norm(dim=1) for v in (params, first))
+        found["growth"] = now / before
         return super().measure(method, end) | found

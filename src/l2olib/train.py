@@ -149,7 +149,9 @@ def drive(
                 f"{records.short(checkpoint)} is the checkpoint of another "
                 "configuration: delete it to start afresh"
             )
-        state, earlier = records.unflatten(arrays), metadata["seconds"]
+        # in the order of the saved state, for which functions have been compiled
+        state = records.unflatten({k: arrays[k] for k in metadata.get("order", arrays)})
+        earlier = metadata["seconds"]
         origins[:0] = metadata.get("origins", [])
     else:
         state = job.start()
@@ -159,8 +161,9 @@ def drive(
 
     def save() -> None:
         if checkpoint is not None and ranks()[0] == 0:
+            arrays = records.flatten(state)
             metadata = {"key": key, "seconds": elapsed(), "origins": origins}
-            records.write(checkpoint, records.flatten(state), metadata)
+            records.write(checkpoint, arrays, metadata | {"order": list(arrays)})
 
     saved = time.monotonic()
     while True:
