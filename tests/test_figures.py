@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterator
+from typing import Literal
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -62,12 +63,17 @@ def test_a_new_method_keeps_its_style_until_the_next_chapter() -> None:
     assert figures.style("two") == first
 
 
-def test_band_draws_mean_and_range() -> None:
-    """The line is the mean over seeds, the band reaches from minimum to maximum."""
+@pytest.mark.parametrize(
+    ("center", "line"), [("mean", [2.0, 3.0, 5.0]), ("median", [2.0, 3.0, 6.0])]
+)
+def test_band_draws_center_and_range(
+    center: Literal["mean", "median"], line: list[float]
+) -> None:
+    """The line is the center over seeds, the band goes from minimum to maximum."""
     _, ax = figures.figure()
-    values = np.array([[1.0, 5.0, 3.0], [3.0, 1.0, 6.0]])
-    figures.band(ax, [1, 2, 3], values, "LGL2O")
-    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2.0, 3.0, 4.5])
+    values = np.array([[1.0, 5.0, 3.0], [3.0, 1.0, 6.0], [2.0, 3.0, 6.0]])
+    figures.band(ax, [1, 2, 3], values, "LGL2O", center)
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), line)
     outline = ax.collections[0].get_paths()[0].vertices
     for step, low, high in [(1, 1, 3), (2, 1, 5), (3, 3, 6)]:
         ends = outline[outline[:, 0] == step][:, 1]

@@ -6,7 +6,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -45,6 +45,14 @@ _METHODS = {
     "Blackbox stopped": (_ORANGE, "--", "o"),
     "Blackbox": (_RED, "--", "o"),
     "Hyperparam": (_GREEN, "-", "^"),
+    "Adam 0.0003": (_BLACK, ":", "P"),
+    "Adam 0.001": (_PURPLE, ":", "<"),
+    "Adam 0.003": (_GREY, "--", "*"),
+    "alpha=0": (_BLACK, "--", "*"),
+    "alpha=0.1": (_PURPLE, ":", "<"),
+    "alpha=0.2": (_SKY, "-", ">"),
+    "alpha=0.3": (_GREEN, "-", "h"),
+    "alpha=0.4": (_RED, "-.", "d"),
 }
 _OTHERS = [
     (_GREY, "--", "*"),
@@ -164,8 +172,14 @@ def style(method: str) -> dict[str, Any]:
     return {"color": color, "linestyle": dash, "marker": marker, "markevery": 0.12}
 
 
-def band(ax: Axes, steps: ArrayLike, values: ArrayLike, name: str) -> None:
-    """Draw the mean over seeds as a line and their range as a band.
+def band(
+    ax: Axes,
+    steps: ArrayLike,
+    values: ArrayLike,
+    name: str,
+    center: Literal["mean", "median"] = "mean",
+) -> None:
+    """Draw the mean (or median) over seeds as a line and their range as a band.
 
     steps: shape (points,). values: shape (seeds, points). Where a seed is not finite
     the line and the band have a gap, because a mean of the others would hide it.
@@ -180,7 +194,8 @@ def band(ax: Axes, steps: ArrayLike, values: ArrayLike, name: str) -> None:
         )
     values = np.where(np.isfinite(values).all(axis=0), values, np.nan)
     look = style(name)
-    ax.plot(steps, values.mean(axis=0), label=name, **look)
+    middle = getattr(np, center)(values, axis=0)
+    ax.plot(steps, middle, label=name, **look)
     ax.fill_between(
         steps,
         values.min(axis=0),
