@@ -41,6 +41,7 @@ from l2olib.claims.kinds import (
     Later,
     Learns,
     Less,
+    LessAligned,
     Lower,
     Matched,
     MoreSwitching,
@@ -483,7 +484,7 @@ def test_a_start_is_compared_with_one_of_equal_loss():
 
 def test_better_trained():
     curves = {"A": objectives(1.0, 0.6, 0.5), "B": objectives(1.5, 0.4, 0.51)}
-    for iterations, better in ((64, "A"), (1_000, "B"), (None, "A"), (100, "A")):
+    for iterations, better in ((64, "A"), (1_000, "B"), (None, "A"), (60, "A")):
         worse = "AB".replace(better, "")
         assert BetterTrained("f", better, worse, iterations)(curves).passed
         assert not BetterTrained("f", worse, better, iterations)(curves).passed
@@ -495,8 +496,9 @@ def test_better_trained():
     broken = curves | {"B": objectives(1.5, 0.4, math.nan)}
     assert BetterTrained("f", "A", "B")(broken).passed
     assert not BetterTrained("f", "B", "A")(broken).passed
-    with pytest.raises(NotTestable, match="end at iteration 1000"):
-        BetterTrained("f", "A", "B", 1_001)(curves)
+    for away, near in ((100, 64), (1_300, 1_000)):
+        with pytest.raises(NotTestable, match=f"the next is of {near}"):
+            BetterTrained("f", "A", "B", away)(curves)
     few = {"A": objectives(1.0, 1.0, 1.0, 4), "B": objectives(2.0, 2.0, 2.0, 4)}
     with pytest.raises(NotTestable, match="4 seeds are fewer"):
         BetterTrained("f", "A", "B")(few)
@@ -619,6 +621,32 @@ def test_less_and_inside():
     assert Inside("f", "B", expected=False)({"B": {"radius": a + 0.5}}).passed
     with pytest.raises(NotTestable, match="4 seeds are fewer"):
         Inside("f", "A")({"A": {"radius": a[:4]}})
+
+
+def test_less_aligned():
+    """Estimates along the meta-gradient, beside it, and across it."""
+    exact = torch.tensor([[[3.0, 0.0]]]).expand(5, 1, 2)
+
+    def of(mean, square):
+        return {
+            "clipped.mean": torch.tensor([[mean]]).expand(5, 1, 2),
+            "clipped.square": torch.full((5, 1), square),
+        }
+
+    alike, noisy, askew = (
+        of([7.0, 0.0], 49.0),
+        of([7.0, 0.0], 196.0),
+        of([3.0, 4.0], 25),
+    )
+    for arrays, expected in ((alike, 1.0), (noisy, 0.5), (askew, 0.6)):
+        assert (
+            claims.alignment(arrays, exact).tolist() == [[pytest.approx(expected)]] * 5
+        )
+    assert claims.alignment(of([0.0, 0.0], 0.0), exact).abs().max() == 0
+    curves = {"noisy": noisy, "askew": askew, "exact": {"mean": exact}}
+    found = LessAligned("f", "noisy", "askew", "exact")(curves)
+    assert found.passed and found.measured.startswith("5 of 5 seeds, median 0.5")
+    assert not LessAligned("f", "askew", "noisy", "exact")(curves).passed
 
 
 def bowl(low: float, horizons=(1, 10, 100), batches: int = 8, noise: float = 0.1):

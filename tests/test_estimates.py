@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import random_numbers
+from torch.utils._pytree import tree_map
 
 from l2olib import records
 from l2olib.experiments import find
+from l2olib.learned.mlp import star
 from l2olib.metatrain.estimates import (
     EstimateStatistics,
+    NetworkEstimates,
     RateTraining,
     meta_gradient,
     meta_loss,
@@ -18,8 +21,17 @@ from l2olib.metatrain.estimates import (
     rate_step,
     stationary,
 )
-from l2olib.metatrain.evolution import PES, clipped, es, over_pairs
+from l2olib.metatrain.evolution import (
+    PES,
+    BackPropagation,
+    Evolution,
+    EvolutionJob,
+    clipped,
+    es,
+    over_pairs,
+)
 from l2olib.metatrain.quadratic import HESSIAN, problem_of
+from l2olib.optimizees import MLP
 from l2olib.optimizers import Adam, constant
 from l2olib.train import drive
 
@@ -136,14 +148,74 @@ def test_resumed_works_are_bit_identical(tmp_path):
         EstimateStatistics(PES(5, 5, 10, 0.1), (0, 1, 2), 0.2),
         RateTraining(PES(2, 5, 10), (0, 1), steps=60, points=6),
         RateTraining(PES(2, 5, 10), (0, 1), "back-propagation", 60, points=6),
+        along(PES(2, 3, 6, offset=6), 2)[0],
     ):
-        job = work.job("cpu", False, {})
+        metas = {"optimizer": along(PES(2, 3, 6, offset=6), 2)[1]}
+        job = work.job("cpu", False, metas)
         state = job.advance(job.start())
         path = tmp_path / "checkpoint"
         records.write(path, records.flatten(state), {"key": "k", "seconds": 1.0})
-        resumed = arrays_of(work, key="k", checkpoint=path)
-        whole = arrays_of(work)
+        again = work.job("cpu", False, metas)
+        resumed, _ = drive(again, key="k", checkpoint=path)
+        whole, _ = drive(work.job("cpu", False, metas))
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+# ---- through networks ----------------------------------------------------------------
+
+
+def along(estimator, count) -> tuple[NetworkEstimates, dict[str, torch.Tensor]]:
+    """Estimates at two of the three snapshots of a meta-training, which has moved."""
+    net = MLP((64, 4, 10))
+    of = Evolution(
+        star(net.layout, 1e-4), net, "digits", batch=4, iterations=2,
+        estimator=estimator, clip=0.01, seed=3,
+    )  # fmt: skip
+    metas = 0.1 * random_numbers(0, 3, of.layout.n).float()
+    trained = {"snapshots": metas, "snapshot_rollouts": torch.tensor([0, 1, 2])}
+    return NetworkEstimates(of, {"optimizer": "w"}, count, stride=2), trained
+
+
+def test_estimates_along_a_training_are_the_means_of_its_own():
+    """Against the estimator in a plain loop, at the last snapshot."""
+    estimator = PES(2, 3, 6, offset=6)
+    work, trained = along(estimator, 4)
+    found, _ = drive(work.job("cpu", False, {"optimizer": trained}))
+    assert found["rollouts"].tolist() == [0, 2]
+    job, meta = EvolutionJob(work.training), trained["snapshots"][2]
+    pairs, seen = estimator.start(meta, job.begin, 3), []
+    with torch.no_grad():
+        for k in range(6):  # two of them until all have begun anew
+            eps = estimator.perturbations(meta, 3, k)
+            one, pairs = job.estimate(meta, eps, pairs, job.batches(k))
+            seen.append(one.gradient.double())
+    for name, kept in (("", seen), ("clipped.", [v.clamp(-0.01, 0.01) for v in seen])):
+        kept = torch.stack(kept[2:])
+        torch.testing.assert_close(found[f"{name}mean"][0, 1], kept.mean(0))
+        squares = (kept**2).sum(1).mean()
+        torch.testing.assert_close(found[f"{name}square"][0, 1], squares)
+    assert found["clipped.square"][0, 1] < found["square"][0, 1]
+
+
+def test_whole_unrolls_differentiated_are_the_derivative_of_their_loss():
+    """Of one meta-parameter, by a difference in place of back-propagation."""
+    work, trained = along(BackPropagation(1, 6, 6), 1)
+    found, _ = drive(work.job("cpu", False, {"optimizer": trained}))
+    job, meta = EvolutionJob(work.training), trained["snapshots"][2].double()
+    step, of, (begin, _) = job.step, work.training, job.begin(0, 0)
+    at = int(found["mean"][0, 1].abs().argmax())
+
+    def mean_loss(change):
+        params, total = begin.double()[None, None], 0.0
+        state = tree_map(lambda v: v[None, None], of.optimizer.init(begin.double()))
+        moved = meta + change * torch.eye(len(meta)).double()[at]
+        for batch in job.batches(0).unbind(1):
+            loss, params, state = step(moved[None, None], params, state, batch)
+            total += loss.item() / 6
+        return total
+
+    slope = (mean_loss(1e-4) - mean_loss(-1e-4)) / 2e-4
+    assert found["mean"][0, 1, at].item() == pytest.approx(slope, rel=1e-2)
 
 
 # ---- meta-training -------------------------------------------------------------------
@@ -226,8 +298,9 @@ def test_training_approaches_the_best_rate():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="multiple of the truncation, not 10 and 4"):
-        EstimateStatistics(PES(2, 4, 10), (0,), 0.1)
+    for wrong in (PES(2, 4, 10), PES(2, 4, 8, offset=8)):
+        with pytest.raises(ValueError, match="go through an unroll together"):
+            EstimateStatistics(wrong, (0,), 0.1)
     for wrong in (PES(2, 4, 10), PES(2, 4, 8, resets="slot"), PES(2, 4, 8, offset=8)):
         with pytest.raises(ValueError, match="restart together"):
             small(estimator=wrong)

@@ -306,6 +306,8 @@ def test_mistakes_are_named():
         BackPropagation(4, 20, 0)
     with pytest.raises(ValueError, match="needs unrolls, not 0"):
         BackPropagation(0)
+    with pytest.raises(ValueError, match="at least 2, not 1: its first loss"):
+        BackPropagation(4, 1, 10)
     with pytest.raises(ValueError, match="not 4 and 0"):
         PES(4, 5, 10, 0.0)
     with pytest.raises(ValueError, match="not 0 and 0.01"):
@@ -314,6 +316,11 @@ def test_mistakes_are_named():
         PES(4, 5, 10, resets="hard")
     with pytest.raises(ValueError, match="horizon, 10, not 11"):
         PES(4, 5, 10, offset=11)
+    for wrong in {"group": 0}, {"validate_every": 0}, {"clip": -1.0}:
+        with pytest.raises(ValueError, match="at least 1 and clip positive, not"):
+            small(**wrong)
+    with pytest.raises(ValueError, match="patience must be None"):
+        small(patience=3)
     with pytest.raises(ValueError, match="whole groups of 4, not 6"):
         small(estimator=PES(6, 4, 9))
     with pytest.raises(ValueError, match="built for another optimizee"):
@@ -434,7 +441,7 @@ def test_what_is_traced_for_the_compiler_is_the_step(estimator, toy_data, monkey
 
 def test_an_unroll_that_explodes_counts_as_zero():
     """The others of an estimate by back-propagation keep their share."""
-    backward = BackPropagation(2, 1, 5)
+    backward = BackPropagation(2, 2, 6)
 
     def step(meta, params, state, idx):
         return (meta * params).sum(), params, state
@@ -445,7 +452,7 @@ def test_an_unroll_that_explodes_counts_as_zero():
     meta = torch.tensor([2.0])
     state = backward.start(meta, begin)
     found, _ = backward.estimate(
-        over_pairs(step), begin, meta, torch.zeros(2, 1), state, torch.zeros(2, 1, 1)
+        over_pairs(step), begin, meta, torch.zeros(2, 1), state, torch.zeros(2, 2, 1)
     )
     assert found.per_pair.tolist() == [[3.0], [0.0]]
 

@@ -166,6 +166,11 @@ def test_holding_forever_is_refused():
         Held(SGD(constant(0.1)), patience=0)
 
 
+def test_a_clock_that_stops_before_it_starts_is_refused():
+    with pytest.raises(ValueError, match="at must be at least 0, not -1"):
+        StoppedClock(SGD(constant(0.1)), -1)
+
+
 def test_a_stopped_clock_repeats_its_last_step():
     rate = PowerDecay(1.0, 1.0, 1.0)  # 1 / (t + 1), t = 1, 2, ...
     stopped = StoppedClock(SGD(rate), at=2)

@@ -156,6 +156,12 @@ def test_seeds_come_in_whole_batches():
         GradientVariance(tuple(range(7)), batches=5)
 
 
+@pytest.mark.parametrize("horizons", [(5, 2), (1, 1), (0, 2)])
+def test_horizons_ascend(horizons):
+    with pytest.raises(ValueError, match="must be ascending, from 1 on"):
+        GradientVariance((0, 1), batches=1, horizons=horizons)
+
+
 # ---- meta-training -------------------------------------------------------------------
 
 

@@ -485,6 +485,11 @@ def test_mistakes_are_named():
         MLPOptimizer(SMALL, heads=5)
     with pytest.raises(ValueError, match="no direction 'Adan'"):
         MLPOptimizer(SMALL, nominal_direction="Adan")
+    with pytest.raises(ValueError, match="give the nominal term a step size"):
+        MLPOptimizer(SMALL, learn_nominal=True)
+    for steps in (0, -5):
+        with pytest.raises(ValueError, match=f"steps must be at least 1, not {steps}"):
+            CosineDecay(0.1, steps)
     for other in (MLP((5, 2)), MLP((2, 5))):  # of 12 parameters and of 15
         with pytest.raises(ValueError, match="built for another optimizee"):
             Training(other, "toy", Alone(star(MLP((2, 4)).layout)), 50, (0,))

@@ -289,6 +289,10 @@ def test_impossible_meta_trainings_are_refused():
         small(order="second")
     with pytest.raises(ValueError, match="multiple of truncation, not 7 and 3"):
         small(rollout=7)
+    with pytest.raises(ValueError, match="at least 2, not 1: its first loss"):
+        small(truncation=1)
+    with pytest.raises(ValueError, match="validate_every must be at least 1, not 0"):
+        small(validate_every=0)
 
 
 def test_a_batch_larger_than_the_data_is_refused(toy_data):

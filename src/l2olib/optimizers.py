@@ -91,6 +91,8 @@ class CosineDecay:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
         if not (0 <= self.hold < 1 and 0 <= self.warmup <= 1):
             raise ValueError(
                 "hold must lie in [0, 1) and warmup in [0, 1], not "
@@ -336,6 +338,10 @@ class StoppedClock(Wrapped):
     """
 
     at: int
+
+    def __post_init__(self) -> None:
+        if self.at < 0:
+            raise ValueError(f"at must be at least 0, not {self.at}")
 
     def update(
         self,

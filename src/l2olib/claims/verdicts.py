@@ -58,7 +58,8 @@ class Verdict:
         if waiting := len(self.findings) - len(self.ran):
             parts.append(f"{waiting} waiting")
         if self.p is not None:
-            parts.append(f"Holm p = {self.p:.2g}")
+            few = passed == len(self.findings) and self.p >= ALPHA
+            parts.append(f"{'but ' * few}Holm p = {self.p:.2g}")
         return ", ".join(parts)
 
 
@@ -69,7 +70,8 @@ def judge(
 
     ``load(experiment)`` gives its curves and the test hashes known when its records
     were made; it raises :class:`NotTestable` where there are no records. A row's
-    p-value is the largest of its tests (all must hold).
+    p-value is the largest of its tests (all must hold). A row that moves to another
+    chapter changes what the rows there must reach, and no mark says so.
     """
     claims = list(claims)
     read: dict[str, tuple[Curves, Mapping[str, str]] | NotTestable] = {}

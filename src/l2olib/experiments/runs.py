@@ -14,6 +14,7 @@ import torch
 
 from .. import claims, records
 from ..data import find_root, load
+from ..metatrain.estimates import NetworkEstimates
 from ..metatrain.truncated import LearningCurve, MetaWork
 from ..optimizees import Layout
 from ..optimizers import Wrapped
@@ -263,9 +264,11 @@ def best_snapshot(record: Record) -> int:
 
 def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
     """Take from a meta-training's record what ``work`` needs, and check it fits."""
-    whole = isinstance(work, LearningCurve)
+    whole = isinstance(work, LearningCurve | NetworkEstimates)
     optimizer = work.optimizer if whole else work.method.optimizers[role]
-    learned = optimizer.optimizer if isinstance(optimizer, Wrapped) else optimizer
+    learned = optimizer
+    while isinstance(learned, Wrapped):
+        learned = learned.optimizer
     trained = record.config["work"].get("optimizer")
     if trained != records.spec(learned):
         raise RecordError(

@@ -10,7 +10,7 @@ from typing import Any
 from ..data import load
 from ..guards import LGL2O
 from ..learned.mlp import Direction, MLPOptimizer, blackbox, hyperparam, star
-from ..metatrain.estimates import EstimateStatistics, RateTraining
+from ..metatrain.estimates import EstimateStatistics, NetworkEstimates, RateTraining
 from ..metatrain.evolution import PES, BackPropagation, Evolution, es
 from ..metatrain.quadratic import (
     HESSIAN,
@@ -252,6 +252,28 @@ def _digits_tests(profile: str) -> Iterable[tuple[str, Any]]:
         )  # fmt: skip
 
 
+def _digits_noise(profile: str) -> Iterable[tuple[str, Any]]:
+    """The estimators along the meta-trainings by PES, on other starts and batches; and
+    the meta-gradient there, a mean over 16 whole unrolls, on others still."""
+    smoke = profile == "smoke"
+    made = {(label, of.seed): (name, of) for label, name, of in _estimators(profile)}
+    for (label, seed), (_, of) in made.items():
+        variant, method = label.split(", ")
+        name, _ = made[f"{variant}, PES", seed]
+
+        def look(of: Evolution, count: int, name: str = name) -> NetworkEstimates:
+            weights, count = {"optimizer": name}, 2 if smoke else count
+            return NetworkEstimates(of, weights, count, stride=18 if smoke else 9)
+
+        of = replace(of, seed=1_000 + seed)
+        differentiated = method == "back-propagation"
+        yield f"{label}/{seed}", look(of, 30 if differentiated else 100)
+        if differentiated:
+            whole = BackPropagation(4, of.rollout, of.rollout)
+            exact = replace(of, estimator=whole, seed=2_000 + seed)
+            yield f"{variant}, exact/{seed}", look(exact, 4)
+
+
 def star_weights(kind: str, variant: str, seed: int, profile: str) -> str:
     """Name of the weights of a meta-training; smoke runs use those of ``laptop``."""
     suffix = "-paper" if profile == "paper" else ""
@@ -348,7 +370,11 @@ def _appendix(experiment: str) -> Callable[..., Iterable[tuple[str, Any]]]:
 def star_curve(
     profile: str, kind: str, variant: str, seed: int, seeds: int, stride: int
 ) -> LearningCurve:
-    """The meta-objective of a meta-training on held-out starts of its optimizee."""
+    """The meta-objective of a meta-training on held-out starts of its optimizee.
+
+    At ``paper`` of all snapshots: with strides the tests' iterations are not met.
+    """
+    stride = 1 if profile == "paper" else stride
     of = star_training(profile, variant, kind if kind in NETWORKS else "mlp")
     name = star_weights(kind, variant, seed, profile)
     return LearningCurve(
@@ -788,5 +814,11 @@ ENTRIES = [
         "Digits: these meta-trainings on other starts",
         "10-evolution-strategies",
         _digits_tests,
+    ),
+    Experiment(
+        "ours.noise",
+        "Digits: estimates beside the exact meta-gradient, along these by PES",
+        "10-evolution-strategies",
+        _digits_noise,
     ),
 ]

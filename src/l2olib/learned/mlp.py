@@ -238,10 +238,11 @@ class MLPOptimizer:
 
     State: ``m [3, n]``, ``r [n]``, ``row`` and ``col`` (averages of all tensors, one
     after the other), ``step``. Meta-parameters have the reference's names (``w0`` to
-    ``b2``, ``momentum_decays``, ...); of its settings four are called otherwise here:
+    ``b2``, ``momentum_decays``, ...); of its settings five are called otherwise here:
     ``nominal_grad_estimator`` is ``nominal_direction``, ``normalize_blackbox``
     ``precondition``, ``selfnormalize_blackbox`` ``self_normalize``,
-    ``regularization_controller`` ``decay_controller``.
+    ``aggregate_nom_magnitude`` ``aggregate_nominal``, ``regularization_controller``
+    ``decay_controller``.
     """
 
     layout: Layout = field(compare=False, repr=False)
@@ -271,6 +272,8 @@ class MLPOptimizer:
             )
         if self.nominal_direction not in get_args(Direction):
             raise ValueError(f"there is no direction {self.nominal_direction!r}")
+        if self.learn_nominal and not self.nominal_stepsize:
+            raise ValueError("to learn its scale, give the nominal term a step size")
         tensors = at_least_vectors(self.layout)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "rows", averages(tensors, "row"))

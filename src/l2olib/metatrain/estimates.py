@@ -1,10 +1,13 @@
-"""Estimates of a meta-gradient that is known exactly: bias, variance, meta-training.
+"""Estimates of a meta-gradient held against the exact one; meta-training by them.
 
 The test piece is SGD with a learned rate on the noisy quadratic of STAR. Its only
 meta-parameter is theta, the logarithm of the rate; the meta-loss is the mean loss of
 the first T steps, l_t(phi_t) for t = 0..T - 1. Second moments of phi_t obey a linear
 recursion, also when theta is perturbed anew in each truncation, and so the loss that
 PES differentiates, and what truncated estimators differentiate instead, are exact.
+
+For the meta-training of a learned optimizer on a network, :class:`NetworkEstimates` has
+what such a comparison needs; back-propagation through whole unrolls is exact there.
 """
 
 from __future__ import annotations
@@ -19,13 +22,23 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..learned.sgd import LearnableSGD
 from ..optimizers import Adam, State, constant
 from ..stability import NoisyQuadratic
 from ..train import log_spaced
-from .evolution import PES, BackPropagation, clipped, generator, over_pairs
+from .evolution import (
+    PES,
+    BackPropagation,
+    Evolution,
+    EvolutionJob,
+    clipped,
+    generator,
+    over_pairs,
+)
 from .quadratic import HESSIAN, Matrix, problem_of
+from .truncated import every
 
 NODES = 20
 """Of the quadrature over one perturbation."""
@@ -133,10 +146,11 @@ class EstimateStatistics:
     hessian: Matrix = HESSIAN
 
     def __post_init__(self) -> None:
-        if self.estimator.horizon % self.estimator.truncation:
+        e = self.estimator
+        if e.horizon % e.truncation or e.offset:
             raise ValueError(
-                "the horizon must be a multiple of the truncation, not "
-                f"{self.estimator.horizon} and {self.estimator.truncation}"
+                "pairs go through an unroll together: use a horizon that is a multiple "
+                f"of the truncation, not {e.horizon} and {e.truncation}, and no offset"
             )
 
     def seconds(self) -> float:
@@ -221,6 +235,108 @@ class EstimateStatisticsJob:
             "exact": torch.tensor([exact]),
             "expected": torch.tensor([mean]),
         }
+
+
+@dataclass(frozen=True)
+class NetworkEstimates:
+    """How estimates scatter along the meta-training that ``weights`` names.
+
+    ``training`` has their ``estimator``, problem, seed and clipping. At every
+    ``stride``-th snapshot, counted from the last, the meta-parameters stay, unrolls go
+    on from truncation to truncation, and ``count`` estimates are made, after as many as
+    it takes the unrolls to spread over an ``offset``.
+    """
+
+    training: Evolution
+    weights: dict[str, str]
+    count: int
+    stride: int = 1
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def optimizer(self) -> Any:
+        return self.training.optimizer
+
+    @property
+    def data(self) -> str:
+        return self.training.data
+
+    @property
+    def seeds(self) -> tuple[int]:
+        return self.training.seeds
+
+    @property
+    def settling(self) -> int:
+        """Estimates before those that count."""
+        e = self.training.estimator
+        return math.ceil(e.offset / e.truncation)
+
+    def seconds(self) -> float:
+        iterations = math.ceil(19 / self.stride) * (self.settling + self.count)
+        of = replace(
+            self.training, iterations=iterations, validate_every=iterations + 1
+        )
+        return of.seconds()
+
+    def job(self, device: str, compile: bool, metas: Any) -> NetworkEstimatesJob:
+        return NetworkEstimatesJob(self, metas["optimizer"], device, compile)
+
+
+@dataclass
+class NetworkEstimatesJob:
+    """The resumable computation of :class:`NetworkEstimates`; a snapshot a piece.
+
+    ``trained`` are the arrays of the meta-training's record.
+    """
+
+    config: NetworkEstimates
+    trained: dict[str, Tensor]
+    device: str = "cpu"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        self.chosen = every(self.config.stride, self.trained)
+        self.inner = EvolutionJob(self.config.training, self.device, self.compile)
+
+    def start(self) -> State:
+        size, d = len(self.chosen), self.inner.layout.n
+        state: State = {"done": torch.zeros((), dtype=torch.int64)}
+        for name in ("whole", "clipped"):
+            state[name] = {
+                "mean": torch.zeros(1, size, d, dtype=torch.float64),
+                "square": torch.zeros(1, size, dtype=torch.float64),
+            }
+        return state
+
+    def position(self, state: State) -> tuple[int, int]:
+        return int(state["done"]), len(self.chosen)
+
+    @torch.no_grad()
+    def advance(self, state: State) -> State:
+        c, k = self.config, int(state["done"])
+        of, e = c.training, c.training.estimator
+        meta = self.trained["snapshots"][self.chosen[k]].to(self.device)
+        pairs = e.start(meta, self.inner.begin, of.seed)
+        new = tree_map(torch.clone, state)
+        for i in range(c.settling + c.count):
+            eps = e.perturbations(meta, of.seed, i)
+            found, pairs = self.inner.estimate(meta, eps, pairs, self.inner.batches(i))
+            if i < c.settling:
+                continue
+            for name, bound in (("whole", torch.inf), ("clipped", of.clip)):
+                one = clipped(found.gradient, bound).double().cpu()
+                new[name]["mean"][0, k] += one / c.count
+                new[name]["square"][0, k] += one @ one / c.count
+        return new | {"done": state["done"] + 1}
+
+    def finish(self, state: State) -> dict[str, Tensor]:
+        """At the snapshots after ``rollouts [S]`` iterations: the ``mean [1, S, d]`` of
+        the estimates and of their squared lengths, ``square [1, S]``; ``clipped.mean``
+        and ``clipped.square`` of what the outer optimizer sees of them.
+        """
+        clip = {f"clipped.{name}": v for name, v in state["clipped"].items()}
+        at = self.trained["snapshot_rollouts"][self.chosen]
+        return state["whole"] | clip | {"rollouts": at}
 
 
 # ---- meta-training -------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ..data import train_indices
 from ..optimizees import check_built_for
 from ..optimizers import AdamW, Optimizer, State, constant
 from ..train import OVERHEAD, RATE, accelerated, inner_steps, ranks
-from .truncated import TRAINING, MetaJob, MetaWork, cut
+from .truncated import TRAINING, MetaJob, MetaWork, cut, too_short
 
 Step = Callable[[Tensor, Tensor, State, Tensor], tuple[Tensor, Tensor, State]]
 """One inner step: (meta [d], params [n], state, batch) -> (loss, params, state)."""
@@ -264,6 +264,8 @@ class BackPropagation(Online):
         super().__post_init__()
         if self.unrolls < 1:
             raise ValueError(f"an estimate needs unrolls, not {self.unrolls}")
+        if self.truncation < 2:
+            raise ValueError(too_short(self.truncation))
 
     @property
     def pairs(self) -> int:
@@ -368,6 +370,15 @@ class Evolution(MetaWork):
     group: int = 4
 
     def __post_init__(self) -> None:
+        if min(self.group, self.validate_every) < 1 or not self.clip > 0:
+            raise ValueError(
+                "group and validate_every must be at least 1 and clip positive, not "
+                f"{self.group}, {self.validate_every} and {self.clip}"
+            )
+        if self.patience is not None:
+            raise ValueError(
+                "patience must be None: this meta-training selects nothing"
+            )
         if self.estimator.pairs % min(self.group, self.estimator.pairs):
             raise ValueError(
                 f"pairs must be whole groups of {self.group}, "

@@ -165,6 +165,10 @@ class GradientVariance:
                 f"seeds must be two or more, in whole batches: {len(self.seeds)} are "
                 f"not a multiple of {self.batches}"
             )
+        if list(self.horizons) != sorted(set(self.horizons)) or min(self.horizons) < 1:
+            raise ValueError(
+                f"horizons must be ascending, from 1 on, not {self.horizons}"
+            )
 
     def seconds(self) -> float:
         return 6e-8 * max(self.horizons) * self.points * len(self.seeds) + 1.0

@@ -10,7 +10,7 @@ on them, and parameters and hidden state are carried on without their history
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,6 +95,14 @@ def cut(losses: Tensor, ceiling: float | None, classes: int) -> Tensor:
     return losses.clamp(0, top).nan_to_num(nan=top)
 
 
+def too_short(truncation: int) -> str:
+    """Why a truncation of one step cannot be differentiated."""
+    return (
+        f"truncation must be at least 2, not {truncation}: its first loss does not "
+        "depend on the meta-parameters"
+    )
+
+
 class MetaWork:
     """What the configurations of all meta-trainings share.
 
@@ -159,6 +167,12 @@ class MetaTraining(MetaWork):
             raise ValueError(
                 f"rollout must be a multiple of truncation, not {self.rollout} "
                 f"and {self.truncation}"
+            )
+        if self.truncation < 2:
+            raise ValueError(too_short(self.truncation))
+        if self.validate_every < 1:
+            raise ValueError(
+                f"validate_every must be at least 1, not {self.validate_every}"
             )
         if self.order not in ("first", "full"):
             raise ValueError(f"order must be first or full, not {self.order!r}")
@@ -332,6 +346,12 @@ class LearningCurve:
         return curve * len(self.seeds) * self.steps * (flops / RATE + OVERHEAD)
 
 
+def every(stride: int, trained: Mapping[str, Tensor]) -> list[int]:
+    """Which of a meta-training's snapshots: each ``stride``-th, and the last."""
+    last = len(trained["snapshots"]) - 1
+    return list(range(last % stride, last + 1, stride))
+
+
 @dataclass
 class LearningCurveJob:
     """The resumable computation of a :class:`LearningCurve`; one snapshot a piece.
@@ -354,8 +374,7 @@ class LearningCurveJob:
             self.rollouts = torch.tensor([0])
             metas = torch.stack([self.layout.flatten(meta) for meta in drawn])[None]
         else:
-            last = len(self.trained["snapshots"]) - 1
-            chosen = list(range(last % c.stride, last + 1, c.stride))
+            chosen = every(c.stride, self.trained)
             self.rollouts = self.trained["snapshot_rollouts"][chosen]
             result = {k: self.trained[f"meta.{k}"] for k in self.layout.shapes}
             metas = torch.cat(
