@@ -188,6 +188,10 @@ def test_stars_convnet_is_for_a_gpu():
     for profile in ("record", "laptop"):
         assert not experiments.ready("star.fig3b", profile)
     assert experiments.pending("star.fig3b", "laptop") == "Only at profile paper."
+    (entry,) = find("star.appfig1")  # which has no profile paper
+    made = [run.path.exists() for run in entry.runs("laptop")]
+    assert experiments.ready(entry.id, "record") == any(made)
+    assert (experiments.pending(entry.id, "record") == "") == all(made)
 
 
 def test_many_that_wait_are_a_number(monkeypatch, tmp_path):

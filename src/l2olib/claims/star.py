@@ -35,6 +35,7 @@ _DESIGN = "09-stability-by-design"
 _BEYOND = "10b-beyond-the-horizon"
 _OTHER = "10c-other-tasks"
 _EVOLUTION = "10-evolution-strategies"
+_APART = "10d-ablations"
 _FIG1, _FIG2A, _FIG2C = "star.fig1", "star.fig2a", "star.fig2c"
 _ALPHAS = tuple(f"alpha={share:g}" for share in (0, 0.1, 0.2, 0.3, 0.4))
 _FIG2C_DETAILS = "star.fig2c-details"
@@ -429,7 +430,7 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "S12",
-        _EVOLUTION,
+        _APART,
         "STAR, App. C.1",
         "The comparison of STAR with Blackbox and Hyperparam comes out alike for other "
         "seeds of meta-training (here two)",
@@ -437,7 +438,7 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "S13",
-        _EVOLUTION,
+        _APART,
         "STAR, App. C.2",
         "An outer weight decay of 0.1 to 0.5 is a good trade-off: 1.0 over-damps, 0 "
         "does not hurt meta-training",
@@ -450,14 +451,14 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "S14",
-        _EVOLUTION,
+        _APART,
         "STAR, App. C.2",
         "The preconditioner improves the meta-loss",
         _on_both("STAR 0", "no preconditioner"),
     ),
     Claim(
         "S15",
-        _EVOLUTION,
+        _APART,
         "STAR, App. C.2",
         "Without a nominal term meta-training is slower; on Fashion-MNIST its final "
         "performance is similar",
@@ -475,7 +476,7 @@ ROWS: tuple[Claim, ...] = (
     ),
     Claim(
         "S19",
-        _EVOLUTION,
+        _APART,
         "STAR, section 5.1 (announced, not shown)",
         "AdamAggMo, the nominal term of STAR, is as good as any other of its list",
         tuple(

@@ -407,7 +407,9 @@ def _recorded(entry: Experiment) -> str:
     """The profile whose records are shown."""
     if "laptop" not in entry.profiles:
         return "paper"
-    whole = all(r.state() == "done" for r in entry.runs("paper"))
+    whole = "paper" in entry.profiles and all(
+        r.state() == "done" for r in entry.runs("paper")
+    )
     return "paper" if whole else "laptop"
 
 

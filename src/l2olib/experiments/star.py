@@ -766,7 +766,7 @@ ENTRIES = [
         Experiment(
             name,
             f"Fashion-MNIST: short meta-trainings ({what})",
-            "10-evolution-strategies",
+            "10d-ablations",
             _appendix(name),
             # At the paper's scale star.metatrain has all of the first.
             profiles=PROFILES[: 2 if name == "star.appfig1" else 3],
@@ -782,7 +782,7 @@ ENTRIES = [
     Experiment(
         "star.ablations",
         "Fashion-MNIST: the short meta-trainings compared",
-        "10-evolution-strategies",
+        "10d-ablations",
         _star_ablations,
     ),
     Experiment(
