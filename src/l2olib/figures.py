@@ -60,12 +60,12 @@ _METHODS = {
 _OTHERS = [
     (_GREY, "--", "*"),
     (_PURPLE, ":", "<"),
-    (_GREY, "-", ">"),
+    (_BLACK, "-", "8"),
     (_GREEN, "-", "h"),
     (_RED, "-.", "d"),
-    (_BLACK, "-", "8"),
     (_SKY, ":", "H"),
     (_ORANGE, "-", "1"),
+    (_BLUE, "--", ">"),
 ]
 _given: dict[str, int] = {}
 
