@@ -263,7 +263,7 @@ def _digits_noise(profile: str) -> Iterable[tuple[str, Any]]:
 
         def look(of: Evolution, count: int, name: str = name) -> NetworkEstimates:
             weights, count = {"optimizer": name}, 2 if smoke else count
-            return NetworkEstimates(of, weights, count, stride=18 if smoke else 9)
+            return NetworkEstimates(of, weights, count, stride=99 if smoke else 9)
 
         of = replace(of, seed=1_000 + seed)
         differentiated = method == "back-propagation"
