@@ -13,9 +13,9 @@ from l2olib.experiments import EXPERIMENTS, PROFILES, ExperimentError, find, res
 from l2olib.experiments.runs import weights_of
 from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
+from l2olib.metatrain.estimates import NetworkEstimates
 from l2olib.metatrain.evolution import Evolution
 from l2olib.metatrain.quadratic import QuadraticMetaTraining
-from l2olib.metatrain.estimates import NetworkEstimates
 from l2olib.metatrain.truncated import LearningCurve, MetaTraining
 from l2olib.optimizees import MLP, conv_star
 from l2olib.optimizers import SGD, constant
