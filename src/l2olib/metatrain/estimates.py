@@ -38,7 +38,7 @@ from .evolution import (
     over_pairs,
 )
 from .quadratic import HESSIAN, Matrix, problem_of
-from .truncated import every
+from .truncated import strided_snapshots
 
 NODES = 20
 """Of the quadrature over one perturbation."""
@@ -295,7 +295,7 @@ class NetworkEstimatesJob:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        self.chosen = every(self.config.stride, self.trained)
+        self.chosen = strided_snapshots(self.config.stride, self.trained)
         self.inner = EvolutionJob(self.config.training, self.device, self.compile)
 
     def start(self) -> State:

@@ -346,7 +346,7 @@ class LearningCurve:
         return curve * len(self.seeds) * self.steps * (flops / RATE + OVERHEAD)
 
 
-def every(stride: int, trained: Mapping[str, Tensor]) -> list[int]:
+def strided_snapshots(stride: int, trained: Mapping[str, Tensor]) -> list[int]:
     """Which of a meta-training's snapshots: each ``stride``-th, and the last."""
     last = len(trained["snapshots"]) - 1
     return list(range(last % stride, last + 1, stride))
@@ -374,7 +374,7 @@ class LearningCurveJob:
             self.rollouts = torch.tensor([0])
             metas = torch.stack([self.layout.flatten(meta) for meta in drawn])[None]
         else:
-            chosen = every(c.stride, self.trained)
+            chosen = strided_snapshots(c.stride, self.trained)
             self.rollouts = self.trained["snapshot_rollouts"][chosen]
             result = {k: self.trained[f"meta.{k}"] for k in self.layout.shapes}
             metas = torch.cat(
