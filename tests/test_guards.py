@@ -26,7 +26,7 @@ from problems import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2olib.guards import LGL2O, Lazy, Margin, Sequential, Shadow, Switch
+from l2olib.guards import LGL2O, Coin, Lazy, Margin, Sequential, Shadow, Switch
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
@@ -682,6 +682,24 @@ def test_wrong_tests_of_noise_are_refused():
         Shadow(LSTM, GD, slack=-1.0)
     with pytest.raises(ValueError, match="^slack goes with a Margin or no test, not"):
         Shadow(LSTM, GD, test=Sequential(), slack=0.01)
+
+
+def test_a_coin_is_fair_knows_no_loss_and_is_each_seeds_own():
+    coin, tosses = Coin(), []
+    starts = torch.stack([blobs().optimizee.init(seed) for seed in range(50)])
+    state = torch.func.vmap(coin.init)(starts)
+    toss = torch.func.vmap(lambda d, s: coin(d, d, s)[:2])
+    for losses in torch.tensor([[math.nan], [-1.0], [1.0]] * 20).expand(-1, 50):
+        heads, state = toss(losses, state)
+        tosses.append(heads)
+    tosses = torch.stack(tosses, 1)
+    assert len({tuple(row) for row in tosses.tolist()}) == 50
+    assert abs(tosses.float().mean() - 0.5) < 3 * 0.5 / math.sqrt(tosses.numel())
+    # C++ has this generator as minstd_rand and states its 10,000th number.
+    state = {"toss": torch.tensor(1)}
+    for _ in range(10_000):
+        state = coin(torch.zeros(1), torch.zeros(()), state)[1]
+    assert state["toss"] == 399_268_537
 
 
 def test_lazy_knows_how_far_it_has_come():

@@ -7,8 +7,8 @@ is their Algorithm 1, with the defaults their Algorithm 2; a noise-aware ``test`
 spares the fallback's branch, and :class:`Shadow` also watches the fallback run alone.
 Either side may be any :class:`~l2olib.optimizers.Optimizer`; NaN and infinity are
 ordinary inputs.
-:class:`GL2O` is the residual guard that it was compared with, :class:`Switch` the
-control that guards nothing.
+:class:`GL2O` is the residual guard that it was compared with; :class:`Switch` and a
+:class:`Coin` are controls, which guard nothing.
 """
 
 from __future__ import annotations
@@ -118,6 +118,31 @@ class Sequential:
         return favours, {"noise": after}, {"batches_used": used}
 
 
+@dataclass(frozen=True)
+class Coin:
+    """Toss a fair coin and look at no loss: a guard without its choice.
+
+    The control for what it is worth to mix two optimizers (ours). The tosses are those
+    of Park and Miller's generator, which the initial parameters seed.
+    """
+
+    traces = ()
+
+    def init(self, params: Tensor) -> State:
+        digits = (2.0**30 * params.double()).long().sum()
+        return {"toss": digits % (_MINSTD - 1) + 1}
+
+    def __call__(
+        self, delta: Tensor, apart: Tensor, state: State
+    ) -> tuple[Tensor, State, Trace]:
+        """Whatever the differences ``delta`` of candidates ``apart`` are."""
+        toss = 48_271 * state["toss"] % _MINSTD
+        return toss <= _MINSTD // 2, {"toss": toss}, {}
+
+
+_MINSTD = 2**31 - 1
+
+
 # ---- LGL2O ---------------------------------------------------------------------------
 
 
@@ -143,8 +168,9 @@ class LGL2O:
       every step, ``"accepted"`` only those that were kept.
 
     Beyond the paper (ours): ``test`` replaces the plain comparison F(y) < F(z) by one
-    that knows the noise of its estimate, and a proposal further than ``radius`` times
-    the fallback's own way |z - x| from z is rejected.
+    that knows the noise of its estimate (:class:`Coin`: that ignores it), and a
+    proposal further than ``radius`` times the fallback's own way |z - x| from z is
+    rejected.
 
     A candidate counts as finite when its validation loss and all its parameters are. A
     finite one beats one that is not (row 7); if neither is finite x stays and the
@@ -159,7 +185,7 @@ class LGL2O:
     proposal_state: Memory = "carry"
     fallback_state: Literal["keep", "revert", "reset"] = "keep"
     clock: Literal["global", "accepted"] = "global"
-    test: Margin | Sequential | None = None
+    test: Margin | Sequential | Coin | None = None
     radius: float | None = None
 
     # What a subclass traces besides.

@@ -633,6 +633,17 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "N28",
+        _ONE,
+        "ours; written before these runs",
+        "A guard's worth is in its choice: with a fair coin in its place, which mixes "
+        "the two optimizers as well, the loss is higher",
+        (
+            Lower(_ABLATIONS, "LGL2O", "coin", _LATE),
+            Lower(_CONV3, "LGL2O", "coin", _SHORT),
+        ),
+    ),
+    Claim(
         "N20",
         _CONV,
         "ours, on B19",
