@@ -644,6 +644,18 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "N29",
+        _ONE,
+        "ours; written when Circles had been seen",
+        "Mixing is worth something by itself: a fair coin between two optimizers ends "
+        "below either",
+        tuple(
+            Lower(figure, "coin", part, window)
+            for figure, window in ((_ABLATIONS, _LATE), (_CONV3, _SHORT))
+            for part in ("L2O", "SGD")
+        ),
+    ),
+    Claim(
         "N20",
         _CONV,
         "ours, on B19",
