@@ -13,6 +13,7 @@ from l2olib import claims
 from l2olib.claims import (
     LEDGER,
     Claim,
+    NotRecorded,
     NotTestable,
     divergence,
     judge,
@@ -132,10 +133,22 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_detectable_effect():
-    # z(0.95) + z(0.8) = 1.6449 + 0.8416, times s / sqrt(n).
-    d = torch.tensor([1.0, 3.0, 1.0, 3.0])
-    assert kinds.detectable(d) == pytest.approx(2.4865 * d.std().item() / 2, rel=1e-3)
+@pytest.mark.parametrize("n", [5, 6, 8, 10, 15])
+def test_the_detectable_effect_is_found_four_times_of_five(n):
+    draws = torch.randn(2_000, n, generator=torch.Generator().manual_seed(n)).double()
+    effect = kinds.detectable(draws[0]) / draws[0].std()
+    shifted, signs = draws - effect, kinds._signs(n)
+    below = shifted @ signs.T <= shifted.sum(1, keepdim=True) + 1e-12
+    found = (below.double().mean(1) < kinds.ALPHA).double().mean()
+    assert 0.76 < found < 0.84
+
+
+def test_the_median_of_an_even_number_is_between_the_middle_two():
+    table = torch.tensor([[1.0, 5.0, 2.0, 9.0], [1.0, math.nan, 2.0, math.inf]])
+    assert kinds.median(table, 1).tolist() == [3.5, math.inf]
+    assert kinds.median(table[:, :3].T, 0).tolist() == [2.0, 2.0]
+    assert kinds.median(table) == 3.5
+    assert kinds.median(torch.tensor([3, 4])) == 3.5
 
 
 # ---- reading curves ------------------------------------------------------------------
@@ -275,6 +288,8 @@ def test_a_loss_that_is_not_finite_is_worse_than_any_other(bad):
     assert Lower("f", "B", "A", WINDOW)(curves).passed
     assert NotWorse("f", "B", "A", WINDOW)(curves).passed
     assert not NotWorse("f", "A", "A", WINDOW)(curves).passed
+    # Nor is there a margin beside losses that count as the same.
+    assert not NotWorse("f", "A", "C", WINDOW)(curves | {"C": flat(2e3)}).passed
 
 
 def test_too_few_seeds_or_steps_or_methods():
@@ -283,7 +298,7 @@ def test_too_few_seeds_or_steps_or_methods():
         Lower("f", "A", "B", WINDOW)(curves)
     with pytest.raises(NotTestable, match="end at step 10000, before 20000"):
         NotWorse("f", "A", "B", (0, 20_000))(curves)
-    with pytest.raises(NotTestable, match="no record of C"):
+    with pytest.raises(NotRecorded, match="no record of C"):
         Lower("f", "A", "C", WINDOW)(curves)
 
 
@@ -763,7 +778,9 @@ def test_wins_counts_tasks_whatever_their_scale():
     curves = on_tasks(1.0, 1.0, 1.0, 1.0, 1.04)
     curves |= on_tasks(1.1, 1.1, 1.1, 1.1, 1.0, method="B")
     nearly = Wins("f", five, "A", "B", (0.8, 1.0))
-    assert nearly(curves).passed and nearly(curves).measured == "80% of tasks, not 4"
+    assert nearly(curves).passed and nearly(curves).measured == (
+        "on 80%; not always on 4 (0 of 6 seeds)"
+    )
     assert not replace(nearly, share=(0.9, 1.0))(curves).passed
     assert replace(nearly, share=(0.9, 1.0), within=1.05)(curves).passed
     # The negative control: labels swapped, and a draw with oneself.
@@ -773,11 +790,18 @@ def test_wins_counts_tasks_whatever_their_scale():
     assert not replace(nearly, reference="A")(curves).passed
     # What is not finite loses to what is, and to its like.
     curves["0, A"] = run(torch.full((6, 1_000), torch.nan))
-    assert nearly(curves).measured == "60% of tasks, not 0, 4"
+    lost = "on 60%; not always on 0 (0 of 6 seeds), 4 (0 of 6 seeds)"
+    assert nearly(curves).measured == lost
     curves["0, B"] = curves["0, A"]
-    assert nearly(curves).measured == "60% of tasks, not 0, 4"
+    assert nearly(curves).measured == lost
     with pytest.raises(NotTestable, match="no record of 5, A"):
         replace(nearly, tasks=(*five, "5"))(curves)
+    # 2/3 + 2/3 + 1 + 2/3 + 1 of five tasks is 80%, whatever its floating sum.
+    split = on_tasks(1.1, 1.1, 1.1, 1.1, 1.1, method="B", seeds=3)
+    for k, last in enumerate((1.2, 1.2, 1.0, 1.2, 1.0)):
+        levels = 10**k * torch.tensor([1.0, 1.0, last])
+        split[f"{k}, A"] = run(levels[:, None].expand(-1, 1_000))
+    assert nearly(split).passed and replace(nearly, share=(0.2, 0.8))(split).passed
     few = on_tasks(1.0, seeds=4) | on_tasks(1.1, seeds=4, method="B")
     with pytest.raises(NotTestable, match="4 seeds are fewer"):
         replace(nearly, tasks=("0",))(few)
@@ -788,7 +812,9 @@ def test_divergence_on_tasks():
     flat_ones = on_tasks(1.0, 1.0, 1.0, method="B")
     curves, tasks = up | flat_ones, ("0", "1", "2")
     test = DivergesOn("f", tasks, "A", horizon=1_000)
-    assert test(curves).passed and test(curves).measured == "diverges on 0, 1, 2"
+    assert test(curves).passed and test(curves).measured == (
+        "on 0 (6 of 6 seeds), 1 (6 of 6 seeds), 2 (6 of 6 seeds)"
+    )
     assert not replace(test, method="B")(curves).passed
     assert replace(test, method="B", expected=False)(curves).passed
     assert not replace(test, expected=False)(curves).passed
@@ -799,9 +825,19 @@ def test_divergence_on_tasks():
     long = replace(test, horizon=1_001)
     assert replace(long, share=0.6)(curves).passed
     for undecided in (long, replace(long, method="B", expected=False)):
-        with pytest.raises(NotTestable, match="2 end before step 1,001"):
+        with pytest.raises(NotTestable, match="the runs on .*2 end before step 1,001"):
             undecided(curves)
     assert not replace(long, expected=False)(curves).passed
+    # Half of the seeds are too many not to diverge, however short the run.
+    for key in ("loss", "bin_mean", "smooth"):
+        curves["0, B"] = curves["0, B"] | {key: curves["0, B"][key].clone()}
+        curves["0, B"][key][:3] = up["0, A"][key][:3]
+    assert not replace(long, method="B", expected=False)(curves).passed
+    assert not replace(test, method="B")(curves).passed
+    with pytest.raises(
+        NotTestable, match=r"on 0 \(3 of 6 seeds\); the runs on 0, 1, 2"
+    ):
+        replace(long, method="B")(curves)
 
 
 def test_a_run_that_explodes_at_once_fails():
@@ -820,17 +856,25 @@ def test_a_run_that_explodes_at_once_fails():
 
 def test_descends_takes_the_better_of_its_methods_on_each_task():
     tasks = ("0", "1")
+
+    def descends(methods, **options):
+        return Descends("f", tasks, methods, **{"horizon": 1_000, **options})
+
     curves = on_tasks(1.0, 1.0, fall=0.5) | on_tasks(1.0, 1.0, method="B", fall=-0.5)
-    assert Descends("f", tasks, ("A",))(curves).passed
-    assert not Descends("f", tasks, ("B",))(curves).passed
+    assert descends(("A",))(curves).passed
+    assert not descends(("B",))(curves).passed
     curves["1, A"] = run(torch.full((6, 1_000), 20.0))
-    assert not Descends("f", tasks, ("A",))(curves).passed
-    assert Descends("f", tasks, ("A",))(curves).measured.endswith("not 1")
+    assert not descends(("A",))(curves).passed
+    assert descends(("A",))(curves).measured.endswith("not 1")
     barely = on_tasks(1.0, 1.0, method="D", fall=0.015)
-    assert not Descends("f", tasks, ("D",))(barely).passed
-    assert Descends("f", tasks, ("D",), by=0.001)(barely).passed
+    assert not descends(("D",))(barely).passed
+    assert descends(("D",), by=0.001)(barely).passed
     falling = on_tasks(0.5, 0.5, method="C", fall=0.5)
-    assert Descends("f", tasks, ("A", "C"))(curves | falling).passed
+    assert descends(("A", "C"))(curves | falling).passed
+    # Runs that are too short can only fail to.
+    with pytest.raises(NotTestable, match="on 2 of 2 tasks; the runs on 0, 1 end bef"):
+        descends(("D",), by=0.001, horizon=1_001)(barely)
+    assert not descends(("A",), horizon=1_001)(curves).passed
 
 
 def claim(*tests, name="X1") -> Claim:
@@ -884,6 +928,7 @@ def test_swapped_labels_flip_the_verdict():
         for name, mean in means.items()
     }
     pairs = [("A, 1", "A, 2"), ("B, 1", "B, 2")]
+    forms["A, 1"]["objective"][0] = math.nan  # is never the best
     for one, other, verdict in (0, 1, "reproduced"), (1, 0, "not reproduced"):
         found = verdict_of(claim(BestTrained("f", pairs[one], pairs[other])), forms)
         assert found.verdict == verdict
@@ -953,13 +998,21 @@ def test_a_rows_p_value_is_its_largest():
     assert found.p == ps[1]
 
 
-def test_a_missing_experiment_is_not_testable():
+@pytest.mark.parametrize(
+    "why, tally",
+    [
+        (NotRecorded("not recorded"), "1 waiting"),
+        (NotTestable("not recorded"), "1 not testable"),
+    ],
+    ids=("missing", "undecided"),
+)
+def test_a_missing_experiment_is_not_testable(why, tally):
     def load(experiment):
-        raise NotTestable("not recorded")
+        raise why
 
     (found,) = judge([claim(A_WINS)], load)
-    assert found.verdict == "not testable yet"
-    assert found.findings[0][1] == "not recorded"
+    assert found.verdict == "not testable yet" and found.tally == tally
+    assert str(found.findings[0][1]) == "not recorded"
 
 
 # ---- hashes --------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def claims_(args: argparse.Namespace) -> int:
         print(f"{verdict.claim.id:4} {verdict.verdict:18} {verdict.claim.statement}")
         print(f"       {verdict.tally}")
         for test, outcome in verdict.findings:
-            mark = "?" if isinstance(outcome, str) else outcome.mark
+            mark = getattr(outcome, "mark", "?")
             print(f"       {mark} {verdict.claim.name(test)}: {outcome}")
     return 0
 

@@ -23,12 +23,14 @@ from . import lgl2o, star
 from .kinds import (
     ALPHA,
     Curves,
+    NotRecorded,
     NotTestable,
     alignment,
     divergence,
     ending,
     fails,
     first_near,
+    median,
     rank_correlation,
     window_mean,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "LEDGER",
     "Claim",
     "Curves",
+    "NotRecorded",
     "NotTestable",
     "Settled",
     "Verdict",
@@ -49,6 +52,7 @@ __all__ = [
     "hashes_for",
     "judge",
     "markdown",
+    "median",
     "rank_correlation",
     "report",
     "robustness",
@@ -105,7 +109,7 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
     """
     items = []
     for v in verdicts:
-        waiting = Counter(o for _, o in v.findings if isinstance(o, str))
+        waiting = Counter(str(o) for _, o in v.findings if isinstance(o, NotTestable))
         passed, failed = (
             [f"{o.mark} {v.claim.name(t)}: {o}" for t, o in v.ran if o.mark == mark]
             for mark in "✓✗"
@@ -123,6 +127,6 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
         items.append(f"{head}\n: {v.claim.statement} *({v.claim.source})*\n: {found}")
     note = (
         f"*Detectable: the difference that these seeds, with their spread, would show "
-        f"at {ALPHA:g} with probability 0.8.*"
+        f"at {ALPHA:g} with probability 0.8, without Holm's adjustment.*"
     )
     return "\n\n".join([*items, note])

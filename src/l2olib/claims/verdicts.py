@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import records
-from .kinds import ALPHA, Curves, NotTestable, Outcome, holm
+from .kinds import ALPHA, Curves, NotRecorded, NotTestable, Outcome, holm
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judged row: the verdict, and for each test its outcome or why there is none."""
+    """A judged row: the verdict, and for each test its outcome or why there is none.
+
+    (The latter waits for records, or is not testable with those of this profile.)
+    """
 
     claim: Claim
     verdict: str
-    findings: tuple[tuple[Any, Outcome | str], ...]
+    findings: tuple[tuple[Any, Outcome | NotTestable], ...]
     p: float | None
     post_hoc: bool
 
@@ -52,11 +55,17 @@ class Verdict:
 
     @property
     def tally(self) -> str:
-        """What decides: tests that pass, tests that wait, the adjusted p-value."""
+        """What decides: tests that pass, wait, cannot be run; the adjusted p-value."""
         passed = sum(o.passed for _, o in self.ran)
         parts = [f"{passed} of {len(self.ran)} pass"] if self.ran else []
-        if waiting := len(self.findings) - len(self.ran):
-            parts.append(f"{waiting} waiting")
+        rest = [o for _, o in self.findings if isinstance(o, NotTestable)]
+        waiting = sum(isinstance(why, NotRecorded) for why in rest)
+        for count, what in (
+            (waiting, "waiting"),
+            (len(rest) - waiting, "not testable"),
+        ):
+            if count:
+                parts.append(f"{count} {what}")
         if self.p is not None:
             few = passed == len(self.findings) and self.p >= ALPHA
             parts.append(f"{'but ' * few}Holm p = {self.p:.2g}")
@@ -87,10 +96,10 @@ def judge(
             raise known
         return known
 
-    found: list[list[tuple[Any, Outcome | str]]] = []
+    found: list[list[tuple[Any, Outcome | NotTestable]]] = []
     late: list[bool] = []
     for claim in claims:
-        row: list[tuple[Any, Outcome | str]] = []
+        row: list[tuple[Any, Outcome | NotTestable]] = []
         changed = False
         for test in claim.tests:
             try:
@@ -98,7 +107,7 @@ def judge(
                 row.append((test, test(curves)))
                 changed |= known.get(claim.id) != claim.hashes[test.experiment]
             except NotTestable as why:
-                row.append((test, str(why)))
+                row.append((test, why))
         found.append(row)
         late.append(changed)
     ps = [
@@ -162,7 +171,7 @@ def settle(
     return found
 
 
-def _verdict(row: Sequence[tuple[Any, Outcome | str]], p: float | None) -> str:
+def _verdict(row: Sequence[tuple[Any, Outcome | NotTestable]], p: float | None) -> str:
     outcomes = [o for _, o in row if isinstance(o, Outcome)]
     if not outcomes:
         return "not testable yet"

@@ -503,8 +503,10 @@ def summary(curves: claims.Curves) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, a in curves.items():
-        cells = [f"{a[k][:, -1].median():.3g}" for k in ("full_loss", "test_loss")]
-        error = a["test_error"][:, -1].median().item()
+        cells = [
+            f"{claims.median(a[k][:, -1]):.3g}" for k in ("full_loss", "test_loss")
+        ]
+        error = claims.median(a["test_error"][:, -1]).item()
         cells += [f"{error:.1%}" if math.isfinite(error) else ""]
         cells += [f"{a['flops'].mean() / 1e6:.3g}"]
         accepted = diverged = ""
@@ -543,9 +545,9 @@ def evidence(experiment: str) -> tuple[claims.Curves, dict[str, str]]:
     try:
         found = results(experiment, "record")
     except ExperimentError:
-        raise claims.NotTestable(f"{experiment} is not in the table yet") from None
+        raise claims.NotRecorded(f"{experiment} is not in the table yet") from None
     except records.Missing:
-        raise claims.NotTestable(f"{experiment} is not recorded in full") from None
+        raise claims.NotRecorded(f"{experiment} is not recorded in full") from None
     except RecordError as why:
         raise claims.NotTestable(str(why)) from None
     known = [r.provenance["claims"] for _, r in found]
