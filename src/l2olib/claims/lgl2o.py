@@ -647,8 +647,8 @@ ROWS: tuple[Claim, ...] = (
         "N29",
         _ONE,
         "ours; written when Circles had been seen",
-        "Mixing is worth something by itself: a fair coin between two optimizers ends "
-        "below either",
+        "Mixing is worth something by itself: a fair coin between two optimizers has "
+        "a lower mean loss late than either",
         tuple(
             Lower(figure, "coin", part, window)
             for figure, window in ((_ABLATIONS, _LATE), (_CONV3, _SHORT))
