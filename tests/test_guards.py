@@ -694,6 +694,10 @@ def test_a_coin_is_fair_knows_no_loss_and_is_each_seeds_own():
         tosses.append(heads)
     tosses = torch.stack(tosses, 1)
     assert len({tuple(row) for row in tosses.tolist()}) == 50
+    for loss in (math.nan, -1.0, 1.0):
+        assert toss(torch.full((50,), loss), state)[0].equal(
+            toss(torch.zeros(50), state)[0]
+        )
     assert abs(tosses.float().mean() - 0.5) < 3 * 0.5 / math.sqrt(tosses.numel())
     # C++ has this generator as minstd_rand and states its 10,000th number.
     state = {"toss": torch.tensor(1)}

@@ -118,6 +118,10 @@ class Sequential:
         return favours, {"noise": after}, {"batches_used": used}
 
 
+_MINSTD = 2**31 - 1
+"""The modulus of Park and Miller's generator."""
+
+
 @dataclass(frozen=True)
 class Coin:
     """Toss a fair coin and look at no loss: a guard without its choice.
@@ -138,9 +142,6 @@ class Coin:
         """Whatever the differences ``delta`` of candidates ``apart`` are."""
         toss = 48_271 * state["toss"] % _MINSTD
         return toss <= _MINSTD // 2, {"toss": toss}, {}
-
-
-_MINSTD = 2**31 - 1
 
 
 # ---- LGL2O ---------------------------------------------------------------------------
