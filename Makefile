@@ -11,6 +11,7 @@ JOBS ?= 2
 PROFILE ?= smoke
 CHAPTER ?=
 PARAMS ?=
+export PARAMS
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ STAMP := $(VENV)/ready-$(shell cat pyproject.toml constraints.txt | cksum | tr '
 FRAME := _build/frame-$(shell cat _config.yml _toc.yml book/_ext/* book/_static/* 2>/dev/null \
   | cksum | tr ' ' '-')
 
-.PHONY: book serve test chapter notebooks setup data
+.PHONY: book serve test chapter named notebooks setup data
 
 # Sphinx does not repeat the warnings of a page that it has read once, so a second build
 # would pass: after a failure the next one starts from nothing.
@@ -44,11 +45,13 @@ test: setup data
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 10 \
 	  --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg tests book
 
-chapter: setup
+chapter: named setup
+	@$(BIN)/python book/_tools/notebooks.py chapter "$(CHAPTER)" \
+	  --profile "$(PROFILE)" --params "$$PARAMS"
+
+named:
 	@if [ -z "$(CHAPTER)" ]; then \
 	  echo "Name a chapter: make chapter CHAPTER=02-loss-guard PROFILE=smoke" >&2; exit 1; fi
-	@$(BIN)/python book/_tools/notebooks.py chapter "$(CHAPTER)" \
-	  --profile "$(PROFILE)" --params '$(PARAMS)'
 
 notebooks: setup
 	@$(BIN)/python book/_tools/notebooks.py build $(CHAPTER)

@@ -1,8 +1,11 @@
 """The command line: what it does, and how it refuses."""
 
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,7 +60,7 @@ def test_run_computes_what_is_missing_and_skips_what_is_done(toy_table, cli):
     ]
     made = files(toy_table)
     assert len(made) == 7 and not any("scratch" in name for name in made)
-    assert cli("run", "toy.*") == (0, [], [])
+    assert cli("run", "toy.*") == (0, ["all 7 runs have their record"], [])
     assert files(toy_table) == made
 
 
@@ -68,7 +71,8 @@ def test_run_redoes_what_is_stale(toy_table, cli):
     Record(old.config | {"version": 0}, old.arrays, old.provenance).save(run.path)
     assert run.state() == "stale"
     status, out, _ = cli("run", "toy.*")
-    assert status == 0 and out[0] == "toy.fig L2O/0 (laptop)" and len(out) == 2
+    assert status == 0 and out[0] == "toy.fig L2O/0 (laptop)" and len(out) == 3
+    assert "is of another configuration and will be replaced" in out[1]
     assert Record.load(run.path).digest == old.digest
 
 
@@ -76,7 +80,12 @@ def test_run_only_some_and_redo(toy_table, cli):
     cli("run", "toy.train")
     status, out, _ = cli("run", "toy.fig", "--only", "*/1")
     assert status == 0 and len(out) == 6
-    assert cli("run", "toy.fig", "--only", "SGD/1")[1] == []
+    assert cli("run", "toy.fig", "--only", "SGD/1")[1] == [
+        "all 1 runs have their record"
+    ]
+    assert [
+        line.split()[1] for line in cli("run", "toy.fig", "--only", "SGD")[1][::2]
+    ] == ["SGD/0"], "a label stands for its groups"
     run = next(r for r in experiments.find("toy.fig")[0].runs("laptop")
                if r.name == "SGD/1")  # fmt: skip
     run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +110,9 @@ def test_list(toy_table, cli):
     assert "6/6" in next(line for line in out if line.startswith("toy.fig"))
     assert sum("done" in line and line.startswith("    ") for line in out) == 7
     everything = cli("list")[1]
-    shown = [e for e in experiments.EXPERIMENTS.values() if "laptop" in e.profiles]
-    assert len(everything) == len(shown)
+    assert len(everything) == len(experiments.EXPERIMENTS)
+    (only,) = cli("list", "star.fig3b")[1]
+    assert only.startswith("star.fig3b ") and "only at profile paper" in only
 
 
 def test_claims(toy_table, cli):
@@ -138,13 +148,35 @@ def test_a_time_limit_is_no_failure(toy_table, cli, monkeypatch):
     assert not list((toy_table / "data" / "scratch").rglob("*.checkpoint"))
 
 
-def test_interrupted(toy_table, cli, monkeypatch):
-    def stop(*_args, **_more):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(how, toy_table, cli, monkeypatch):
+    """By Ctrl-C or by ``kill``: what was done is kept, and the digest is the same."""
+    cli("run", "toy.*")
+    run = experiments.find("toy.fig")[0].runs("laptop")[2]
+    expected = Record.load(run.path).digest
+    run.path.unlink()
 
-    monkeypatch.setattr(experiments.runs, "drive", stop)
-    status, _, err = cli("run", "toy.train")
-    assert status == 130 and err == ["l2olib: interrupted; the last checkpoint is kept"]
+    advance = train.TrainingJob.advance
+
+    def interrupted(job, state):
+        if int(state["step"]):
+            os.kill(os.getpid(), how)
+        return advance(job, state)
+
+    handlers = {
+        each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in background: ignored
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainingJob, "advance", interrupted)
+        status, _, err = cli("run", "toy.fig")
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+    assert status == 130
+    assert err == ["l2olib: interrupted; the same command goes on from what was done"]
+    assert int(records.read(run.checkpoint)[0]["step"]) == 10
+    assert cli("run", "toy.fig")[0] == 0
+    assert Record.load(run.path).digest == expected
 
 
 def test_the_module_can_be_run():
@@ -195,7 +227,9 @@ def test_missing_weights(toy_table, cli):
     """What needs none is computed all the same."""
     status, out, errors = cli("run", "toy.fig")
     assert status == 2 and len(errors) == 1
-    assert "4 of these runs need records that are not there: run toy-lstm" in errors[0]
+    assert "4 of these runs need records that are not there: first make" in errors[0]
+    assert "toy-lstm: python -m l2olib run toy.train --profile" in errors[0]
+    assert errors[0].endswith("--only 'toy-lstm'")
     assert [line.split()[1] for line in out if "laptop" in line] == ["SGD/0", "SGD/1"]
 
 
@@ -205,7 +239,7 @@ def test_what_a_run_needs_may_come_after_it(toy_table, cli, monkeypatch):
     monkeypatch.setattr(experiments.runs, "EXPERIMENTS", backwards)
     status, out, _ = cli("run", "toy.*")
     assert status == 0 and "toy.train" in out[4] and len(out) == 14
-    assert cli("run", "toy.*") == (0, [], [])
+    assert cli("run", "toy.*")[1] == ["all 7 runs have their record"]
 
 
 def test_weights_of_another_architecture(toy_table, cli, monkeypatch):
@@ -219,6 +253,18 @@ def test_weights_of_another_architecture(toy_table, cli, monkeypatch):
     before = files(toy_table)
     refused(cli("run", "toy.fig"), "weights of the same architecture")
     assert files(toy_table) == before
+
+
+def test_an_entry_of_the_table_that_cannot_be(toy_table, cli, monkeypatch):
+    entry = experiments.EXPERIMENTS["toy.fig"]
+    broken = replace(entry, build=partial(entry.build, steps=25))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy.fig", broken)
+    for command in ("run", "list"):
+        refused(cli(command, "toy.fig"), "toy.fig at laptop: steps must be a positive")
+
+
+def test_a_profile_that_an_experiment_has_not(toy_table, cli):
+    refused(cli("run", "star.fig3b"), "no profile laptop", "--profile paper")
 
 
 def test_a_folder_that_cannot_be_written(toy_table, cli):

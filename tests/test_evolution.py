@@ -316,9 +316,11 @@ def test_mistakes_are_named():
         PES(4, 5, 10, resets="hard")
     with pytest.raises(ValueError, match="horizon, 10, not 11"):
         PES(4, 5, 10, offset=11)
-    for wrong in {"group": 0}, {"validate_every": 0}, {"clip": -1.0}:
-        with pytest.raises(ValueError, match="at least 1 and clip positive, not"):
+    for wrong in {"group": 0}, {"clip": -1.0}, {"ceiling": -1.0}:
+        with pytest.raises(ValueError, match="clip and ceiling positive, not"):
             small(**wrong)
+    with pytest.raises(ValueError, match="validate_every must be at least 1, not 0"):
+        small(validate_every=0)
     with pytest.raises(ValueError, match="patience must be None"):
         small(patience=3)
     with pytest.raises(ValueError, match="whole groups of 4, not 6"):

@@ -511,6 +511,51 @@ def test_best_weights_are_the_snapshot_that_validated_lowest(tmp_path, monkeypat
             assert torch.equal(found[key], full)
 
 
+def test_a_trained_optimizer_is_that_of_its_meta_training(toy_table):
+    """By its name alone: with the settings and for the tensors that are asked for."""
+    record_all("toy.train")
+    optimizer, meta = experiments.trained("toy-lstm")
+    (run,) = runs("toy.train")
+    assert optimizer is run.work.optimizer or optimizer == run.work.optimizer
+    expected = weights_of(run.load(), runs("toy.fig")[0].work, "optimizer")
+    assert meta.keys() == expected.keys() == optimizer.init_meta(0).keys()
+    assert all(torch.equal(meta[k], expected[k]) for k in meta)
+
+
+def test_a_trained_star_keeps_its_settings_on_another_network():
+    net = MLP((784, 20, 10))
+    optimizer, meta = experiments.trained("mlp-star-0.5-0@best", net.layout)
+    assert optimizer.step_mult == 1e-5 and optimizer.layout == net.layout
+    record = experiments.load_weights("mlp-star-0.5-0")
+    assert record.config["work"]["optimizer"] == records.spec(optimizer)
+    assert {k: v.shape for k, v in meta.items()} == {
+        k: v.shape for k, v in optimizer.init_meta(0).items()
+    }
+    with pytest.raises(RecordError, match="there are no weights nobody"):
+        experiments.trained("nobody")
+
+
+def test_weights_that_no_experiment_makes_have_no_optimizer(toy_table, monkeypatch):
+    record_all("toy.train")
+    monkeypatch.delitem(experiments.EXPERIMENTS, "toy.train")
+    with pytest.raises(RecordError, match="no experiment makes the weights toy-lstm"):
+        experiments.trained("toy-lstm")
+
+
+def test_an_unknown_optimizer_of_star_is_refused():
+    with pytest.raises(
+        experiments.ExperimentError, match="no optimizer 'STAR': choose"
+    ):
+        experiments.star_training("laptop", "STAR")
+
+
+def test_labels_that_no_run_has_are_refused(toy_table):
+    record_all("toy.train")
+    record_all("toy.fig")
+    with pytest.raises(experiments.ExperimentError, match="toy.fig has none of Adam"):
+        experiments.results("toy.fig", "record", ["Adam"])
+
+
 def test_missing_weights_name_those_that_are_there(toy_table):
     with pytest.raises(RecordError, match=r"no weights x: .* one of \(none yet\)"):
         experiments.load_weights("x")

@@ -451,6 +451,18 @@ def test_impossible_networks_are_refused(make, says):
         make()
 
 
+def test_losses_must_be_one_an_item():
+    """A mean in their place would be a loss of the right size, and wrong."""
+
+    class Mean(MLP):
+        def losses(self, params, batch):
+            return super().losses(params, batch).mean()
+
+    task = Task(Mean((2, 3, 2)), blobs(8).data)
+    with pytest.raises(ValueError, match=r"one for each of the 4 items .* shape \(\)"):
+        task.loss_and_grad(task.optimizee.init(0), torch.arange(4))
+
+
 def test_a_truncated_start():
     """Normal numbers of deviation 1/sqrt(fan-in) cut at two of these, biases zero."""
     net = MLP((400, 100, 5), "relu", **CUT_NORMAL)

@@ -7,7 +7,15 @@ import pytest
 import torch
 from problems import batches, blobs, start_of
 
-from l2olib.optimizers import SGD, Adam, Held, PowerDecay, StoppedClock, constant
+from l2olib.optimizers import (
+    SGD,
+    Adam,
+    CosineDecay,
+    Held,
+    PowerDecay,
+    StoppedClock,
+    constant,
+)
 
 STEPS = 12
 
@@ -94,6 +102,13 @@ def test_power_decay_at_chosen_points():
     assert constant(0.7)(torch.tensor(10**6), torch.float64).item() == 0.7
     with pytest.raises(ValueError, match="^tau must be positive, not 0"):
         PowerDecay(3.0, tau=0.0)
+    for rate in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="^a learning rate must be at least 0"):
+            constant(rate)
+        with pytest.raises(ValueError, match="^a learning rate must be at least 0"):
+            CosineDecay(rate, 10)
+    with pytest.raises(ValueError, match=r"^lr must be a schedule, such as constant"):
+        SGD(0.1)
 
 
 def test_the_clock_starts_at_one():

@@ -169,6 +169,7 @@ def test_flatten_round_trip():
         "b": {"c": {"d": torch.zeros(2)}, "e": torch.ones(1)},
         "empty": {},
         "deep": {"empty": {}, "also": {"empty": {}}},
+        "looks": {"full_loss": torch.ones(1), "pruned.full_loss": torch.ones(2)},
     }
     flat = flatten(state)
     assert {"a", "b.c.d", "b.e"} < set(flat)
@@ -276,6 +277,8 @@ def test_provenance_says_how_a_record_was_made():
     assert facts["seconds"] == 1.3 and facts["compiled"] is True
     assert facts["profile"] == "x" and facts["torch"] == torch.__version__
     assert len(facts["source"]) == 64 and facts["peak_bytes"] > 1e7
+    model, _, capability = facts["cpu"].rpartition(", ")
+    assert model and capability == torch.backends.cpu.get_cpu_capability()
     json.dumps(facts)
 
 

@@ -162,28 +162,41 @@ def test_a_training_that_blows_up_has_no_spectrum_there():
     assert arrays["ritz"].isnan().all() and arrays["loss"].isfinite().sum() == 1
 
 
-def test_a_resumed_training_has_the_same_bits(tmp_path):
-    work = spectra.Linearised(
+@pytest.mark.parametrize("kind", [spectra.Linearised, spectra.Idle])
+def test_a_resumed_training_has_the_same_bits(kind, tmp_path):
+    """Stopped after every piece, by way of its checkpoint."""
+    more = {"size": 5} if kind is spectra.Linearised else {"seen": 64}
+    work = kind(
         optimizee=MLP((2, 4, 2)),
         data="moons",
         method=Alone(AdamW(constant(1e-2), eps_root=1e-8)),
-        steps=20,
+        steps=30,
         seeds=(0,),
         segment=10,
         batch=32,
         sample=64,
-        size=5,
+        **more,
     )
 
-    def job():
-        return work.job("cpu", False, {"optimizer": {}})
+    def job(pieces):
+        """Interrupted after some pieces."""
+        made = work.job("cpu", False, {"optimizer": {}})
+        advance, left = made.advance, [None] * pieces
 
-    whole, _ = drive(job())
-    half = job()
-    torch.save(half.advance(half.start()), tmp_path / "half")
-    state = torch.load(tmp_path / "half", weights_only=True)
-    again = job()
-    arrays = again.finish(again.advance(state))
+        def interrupted(state):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return advance(state)
+
+        made.advance = interrupted
+        return made
+
+    whole, _ = drive(job(3))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            drive(job(1), checkpoint=tmp_path / "half")
+    arrays, _ = drive(job(1), checkpoint=tmp_path / "half")
     for name, value in whole.items():
         assert torch.equal(value.nan_to_num(7), arrays[name].nan_to_num(7)), name
 

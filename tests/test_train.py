@@ -470,10 +470,12 @@ def test_a_checkpoint_of_another_configuration_is_refused(toy_data, tmp_path):
     before = path.read_bytes()
     with pytest.raises(RecordError, match="run.checkpoint .* another configuration"):
         outcome(config, key="two", checkpoint=path)
-    path.write_bytes(before[:-10])
-    with pytest.raises(RecordError, match="run.checkpoint is damaged"):
-        outcome(config, key="one", checkpoint=path)
-    assert path.read_bytes() == before[:-10], "nothing may be overwritten"
+    flipped = before[:-10] + bytes([before[-10] ^ 1]) + before[-9:]
+    for damaged in (before[:-10], flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(RecordError, match="run.checkpoint is damaged"):
+            outcome(config, key="one", checkpoint=path)
+        assert path.read_bytes() == damaged, "nothing may be overwritten"
 
 
 def test_progress_is_reported(toy_data):
@@ -644,6 +646,9 @@ def test_methods_are_paired(toy_data):
         ({"seeds": (-1,), "replicas": 1}, "non-negative"),
         ({"seeds": ()}, "one group of 2"),
         ({"seeds": (1, 1)}, "distinct"),
+        ({"method": GD}, "is no method of training: wrap an optimizer in Alone"),
+        ({"replicas": 0}, "^replicas must be at least 1, not 0"),
+        ({"segment": 0}, "^segment must be at least 1, not 0"),
         ({"sample": -5}, "^sample must be at least 0, not -5"),
         ({"evaluations": 0}, "^evaluations must be at least 1, not 0"),
         ({"audit_every": -1}, "^audit_every must be at least 0, not -1"),
@@ -651,7 +656,7 @@ def test_methods_are_paired(toy_data):
 )
 def test_impossible_runs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        work(METHODS["guard"], **changes)
+        work(**{"method": METHODS["guard"]} | changes)
 
 
 def test_a_release_is_whole_segments():

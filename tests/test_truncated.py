@@ -291,8 +291,14 @@ def test_impossible_meta_trainings_are_refused():
         small(rollout=7)
     with pytest.raises(ValueError, match="at least 2, not 1: its first loss"):
         small(truncation=1)
-    with pytest.raises(ValueError, match="validate_every must be at least 1, not 0"):
-        small(validate_every=0)
+    for name, low in (("validate_every", 1), ("validation_seeds", 1), ("seed", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be at least {low}, not -1"):
+            small(**{name: -1})
+    for rate in (0.0, math.nan):
+        with pytest.raises(ValueError, match=f"meta_lr must be positive, not {rate}"):
+            small(meta_lr=rate)
+    with pytest.raises(ValueError, match="patience must be None or at least 1, not -1"):
+        small(patience=-1)
 
 
 def test_a_batch_larger_than_the_data_is_refused(toy_data):

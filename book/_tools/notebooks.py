@@ -11,6 +11,7 @@ file and a difference in git is a difference in content.
 import argparse
 import ast
 import atexit
+import os
 import re
 import shlex
 import shutil
@@ -174,7 +175,13 @@ def parse_parameters(text: str) -> dict[str, Any]:
     Raises NotebookError for a word that is not of this form.
     """
     parameters: dict[str, Any] = {}
-    for word in shlex.split(text):
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise NotebookError(
+            f"{text!r} cannot be read ({error}): write name=value, quotes in pairs."
+        ) from None
+    for word in words:
         name, equals, value = word.partition("=")
         if not (name.isidentifier() and equals):
             raise NotebookError(f"{word!r} is not a parameter: write name=value.")
@@ -217,7 +224,8 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
         )
     except papermill.PapermillExecutionError as error:
         raise NotebookError(
-            f"{path.stem} failed: {error.ename}: {error.evalue}"
+            f"{path.stem} failed: {error.ename}: {error.evalue} (what ran is in "
+            f"{os.path.relpath(partly)})"
         ) from None
     return partly.replace(output)
 
@@ -251,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotebookError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; earlier results are kept", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,16 +23,23 @@ from .train import Unfinished, agreed, ranks
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input is one sentence on stderr and exit status 2."""
     args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         return args.command(args)
     except (DataError, ExperimentError, RecordError) as error:
         print(f"l2olib: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # such as a full disk: it names the file and the reason
+    except BrokenPipeError:  # of ``list | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # such as a full disk
         print(f"l2olib: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("l2olib: interrupted; the last checkpoint is kept", file=sys.stderr)
+        print(
+            "l2olib: interrupted; the same command goes on from what was done",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -54,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("run", run, "compute missing records; resumes where it was stopped")
     sub.add_argument("pattern", help="experiment id or glob, e.g. 'lgl2o.*'")
     sub.add_argument("--profile", choices=experiments.PROFILES, default="laptop")
-    sub.add_argument("--only", default="*", help="glob over run names")
+    sub.add_argument("--only", default="*", help="glob over names or labels of runs")
     sub.add_argument("--time-limit", type=duration, help="stop cleanly after, e.g. 8m")
     sub.add_argument(
         "--device", type=device, default="cpu", help="cpu (default), cuda or cuda:1"
@@ -65,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     sub = command("claims", claims_, "the ledger of claims, judged from the records")
     sub.add_argument("pattern", nargs="?", default="*", help="claim id or glob")
 
-    sub = command("data", data_, "fetch and verify data sets into data/raw")
+    sub = command(
+        "data", data_, "fetch data sets into data/raw (reading verifies them)"
+    )
     sub.add_argument("names", nargs="*", help="data sets (default: all)")
     return top
 
@@ -99,6 +109,8 @@ def list_(args: argparse.Namespace) -> int:
     """Show state and cost of each experiment (or run) at one profile."""
     for entry in experiments.find(args.pattern):
         if args.profile not in entry.profiles:
+            only = " or ".join(entry.profiles)
+            print(f"{entry.id:24} only at profile {only:10}  {entry.title}")
             continue
         runs = entry.runs(args.profile)
         states = [run.state() for run in runs]
@@ -119,17 +131,23 @@ def run(args: argparse.Namespace) -> int:
             "one of the two"
         )
     began = time.monotonic()
+    entries = experiments.find(args.pattern)
+    there = [entry for entry in entries if args.profile in entry.profiles]
+    if not there:
+        raise ExperimentError(
+            f"{args.pattern} has no profile {args.profile}: use "
+            f"--profile {' or '.join(entries[0].profiles)}"
+        )
     todo: list[Run] = [
         run
-        for entry in experiments.find(args.pattern)
-        if args.profile in entry.profiles
+        for entry in there
         for run in entry.runs(args.profile)
-        if fnmatch.fnmatch(run.name, args.only)
+        if fnmatch.fnmatch(run.name, args.only) or fnmatch.fnmatch(run.label, args.only)
     ]
     if not todo:
         raise ExperimentError(
             f"{args.pattern} has no run {args.only!r} at profile {args.profile}: see "
-            "python -m l2olib list --runs"
+            f"python -m l2olib list '{args.pattern}' --profile {args.profile} --runs"
         )
     first = ranks()[0] == 0
 
@@ -153,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
             if state == "done":
                 return True
         say(f"{item.experiment} {item.name} ({item.profile})")
+        if state == "stale":
+            say("    its record is of another configuration and will be replaced")
         if args.redo and first:
             item.checkpoint.unlink(missing_ok=True)
         record = (None if args.redo else item.twin()) or execute(item, args, left)
@@ -162,16 +182,22 @@ def run(args: argparse.Namespace) -> int:
         say(f"    {record.digest[:12]}  {record.provenance['seconds']} s")
         return True
 
+    count = len(todo)
+    done = sum(item.state() == "done" for item in todo) * (not args.redo)
     try:
         while todo:  # what a run needs may come after it in the table
             waiting = [item for item in todo if not settled(item)]
             if len(waiting) == len(todo):
-                needs = sorted({item.state().removeprefix("needs ") for item in todo})
+                needs = {k: v for item in todo for k, v in item.needs().items()}
+                name, how = sorted(needs.items())[0]
+                others = f" (and {len(needs) - 1} more)" * (len(needs) > 1)
                 raise ExperimentError(
-                    f"{len(todo)} of these runs need records that are not there: run "
-                    f"{needs[0]}{' and others' * (len(needs) > 1)} first"
+                    f"{len(todo)} of these runs need records that are not there: "
+                    f"first make {name}{others}{': ' * bool(how)}{how}"
                 )
             todo = waiting
+        if done == count:
+            say(f"all {count} runs have their record")
     except Unfinished as stop:
         say(f"{stop}; run the same command again to go on")
     return 0

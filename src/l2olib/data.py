@@ -2,7 +2,7 @@
 
 Loaders read only the unpacked layout below one data folder and verify what they read.
 Batch indices are pure integer functions of their arguments: the same on every device,
-after a resume and in any grouping (design, section 4; LGL2O card, row 6).
+after a resume and in any grouping.
 """
 
 from __future__ import annotations
@@ -482,7 +482,7 @@ def _moons(seed: int) -> Split:
 
 
 def _spirals(seed: int) -> Split:
-    """Draw two interleaved arms of two turns (LGL2O card, row 22).
+    """Draw two interleaved arms of two turns (the paper gives no formula; ours).
 
     Items alternate between the arms; the uniforms are drawn before the noise.
     """

@@ -159,13 +159,13 @@ class LGL2O:
     batches did not use), ``"iid"`` (fresh, with replacement), ``"fixed"`` (one draw for
     the whole run) or ``"full"`` (the whole training set; ``n_c`` is not used).
 
-    What the paper leaves open (rows of the spec card, shown in the book):
+    What the paper leaves open (rows of the book's appendix a2-settings):
 
-    * ``proposal_state`` after the fallback won (row 1): ``"carry"`` the state that the
+    * ``proposal_state`` after the fallback won: ``"carry"`` the state that the
       losing branch ended with, ``"revert"`` to the decision's start, or ``"reset"``.
-    * ``fallback_state`` after the proposal won (row 3): ``"keep"`` what the losing
+    * ``fallback_state`` after the proposal won: ``"keep"`` what the losing
       branch ended with, ``"revert"`` or ``"reset"``.
-    * ``clock`` of the fallback's learning-rate schedule (row 4): ``"global"`` counts
+    * ``clock`` of the fallback's learning-rate schedule: ``"global"`` counts
       every step, ``"accepted"`` only those that were kept.
 
     Beyond the paper (ours): ``test`` replaces the plain comparison F(y) < F(z) by one
@@ -174,7 +174,7 @@ class LGL2O:
     rejected.
 
     A candidate counts as finite when its validation loss and all its parameters are. A
-    finite one beats one that is not (row 7); if neither is finite x stays and the
+    finite one beats one that is not; if neither is finite x stays and the
     proposal's state is reset. A state that is not finite is never carried on.
     """
 
@@ -662,13 +662,13 @@ class GL2O:
     which must wait for the proposal.
 
     For mini-batch training LGL2O (section 3) fixes fallback, norm over all weights and
-    a decision each step; open details (spec card) are arguments:
+    a decision each step; open details are arguments:
 
-    * ``scaled``: S includes the learning rate (row 2), or is the gradient alone.
-    * ``fresh``: the residual's batch is the step's own, or a fresh one (row 3).
-    * ``proposal_state`` after a rejection (row 5): ``"carry"`` on or ``"revert"``.
+    * ``scaled``: S includes the learning rate, or is the gradient alone.
+    * ``fresh``: the residual's batch is the step's own, or a fresh one.
+    * ``proposal_state`` after a rejection: ``"carry"`` on or ``"revert"``.
 
-    A proposal or residual that is not finite is rejected (row 7), and a state of the
+    A proposal or residual that is not finite is rejected, and a state of the
     learned optimizer that is not finite is never carried on.
     """
 

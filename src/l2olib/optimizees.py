@@ -83,6 +83,10 @@ class Optimizee(Protocol):
         """Per-item losses ``[B]`` (natural-log units, "nats", for classifiers)."""
         ...
 
+    def errors(self, params: Tensor, batch: Batch) -> Tensor:
+        """Which items are misclassified ``[B]``; NaN where nothing is classified."""
+        ...
+
     def flops(self, items: int, gradient: bool = False) -> int:
         """Matrix work (2 FLOP a multiply-add) of a forward pass over ``items`` items.
 
@@ -571,7 +575,13 @@ class Task:
     def losses(self, params: Tensor, idx: Tensor) -> Tensor:
         """Per-item losses ``[B]`` of the training items ``idx [B]``."""
         batch = self.data.train.items(idx, params.dtype)
-        return self.optimizee.losses(params, batch)
+        losses = self.optimizee.losses(params, batch)
+        if losses.shape != idx.shape:
+            raise ValueError(
+                f"losses must be one for each of the {len(idx)} items of a batch, not "
+                f"of shape {tuple(losses.shape)}"
+            )
+        return losses
 
     def loss(self, params: Tensor, idx: Tensor) -> Tensor:
         """Mean loss over the training items ``idx [B]``."""

@@ -51,6 +51,11 @@ def _count(params: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=params.device)
 
 
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"a learning rate must be at least 0 and finite, not {rate}")
+
+
 @dataclass(frozen=True)
 class PowerDecay:
     """lr(t) = lr0 / (t / tau + 1)^power, t = 1, 2, ... (LGL2O, Algorithm 2, App. D).
@@ -63,6 +68,7 @@ class PowerDecay:
     power: float = 1.5
 
     def __post_init__(self) -> None:
+        _check_rate(self.lr0)
         if not self.tau > 0:
             raise ValueError(f"tau must be positive, not {self.tau}")
 
@@ -91,6 +97,7 @@ class CosineDecay:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_rate(self.lr0)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         if not (0 <= self.hold < 1 and 0 <= self.warmup <= 1):
@@ -118,6 +125,12 @@ class _HandCrafted:
     """Shared: no meta-parameters, a schedule clock ``step``, element-wise work."""
 
     lr: Schedule
+
+    def __post_init__(self) -> None:
+        if not callable(self.lr):
+            raise ValueError(
+                f"lr must be a schedule, such as constant({self.lr}), not {self.lr!r}"
+            )
 
     def init_meta(self, seed: int) -> Meta:
         return {}

@@ -553,7 +553,7 @@ class Theorem:
     ----------
     name : how the claim is called in the text.
     source : paper and place, e.g. ``"LGL2O, (2)"``; starts with a name of PAPERS.
-    entry : the number of the claim in the book's list of claims (dossier entry).
+    entry : the number of the claim in the list of claims behind the book.
     label : MyST label of the section with the proof.
     verdict : one of HOLDS, CORRECTED, FALSE, NEW.
     printed : the claim as printed (Markdown with formulas); empty if NEW.

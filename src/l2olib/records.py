@@ -102,6 +102,10 @@ def digest(config: Any, arrays: Mapping[str, Tensor] | None = None) -> str:
 # ---- nested state <-> flat names -----------------------------------------------------
 
 
+_DOT = "\N{MIDDLE DOT}"
+"""Stands for the dots that a name has of its own."""
+
+
 def flatten(state: Mapping[str, Any], prefix: str = "") -> Arrays:
     """Name the leaves of a nested dict of tensors by dotted paths.
 
@@ -110,6 +114,7 @@ def flatten(state: Mapping[str, Any], prefix: str = "") -> Arrays:
     """
     flat: Arrays = {} if state or not prefix else {prefix: torch.empty(0)}
     for key, value in state.items():
+        key = key.replace(".", _DOT)
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -121,7 +126,7 @@ def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
     """Invert :func:`flatten`."""
     state: dict[str, Any] = {}
     for path, value in flat.items():
-        *parents, leaf = path.split(".")
+        *parents, leaf = (name.replace(_DOT, ".") for name in path.split("."))
         node = state
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -162,7 +167,7 @@ def read(path: Path, device: str = "cpu") -> tuple[Arrays, dict[str, Any]]:
     except (SafetensorError, ValueError, OSError) as error:
         raise RecordError(
             f"{short(path)} is damaged ({error}): delete it and run the experiment "
-            "again, or restore it with git"
+            "again, or restore it, if git has it"
         ) from None
 
 
@@ -208,7 +213,7 @@ class Record:
         if record.digest != metadata["digest"]:
             raise RecordError(
                 f"{short(path)} is damaged (its content does not match its digest): "
-                "delete it and run the experiment again, or restore it with git"
+                "delete it and run the experiment again, or restore it, if git has it"
             )
         if config is not None and canonical(config) != canonical(record.config):
             where = ", ".join(differences(record.config, config))
@@ -265,6 +270,16 @@ def commit() -> str:
         return "?"
 
 
+def _processor() -> str:
+    """Model of the processor: rounding may differ between two of one architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "?").strip()
+
+
 def provenance(*, device: str, seconds: float, compiled: bool, **more: Any) -> dict:
     """What a reader needs to judge or repeat a run; never part of the digest.
 
@@ -281,6 +296,7 @@ def provenance(*, device: str, seconds: float, compiled: bool, **more: Any) -> d
         "source": source_digest(),
         "torch": torch.__version__,
         "device": f"{device} ({name})",
+        "cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "compiled": compiled,
         "seconds": round(seconds, 1),

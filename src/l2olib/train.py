@@ -133,8 +133,9 @@ def drive(
     a run), on a GPU of the clock, resumed pieces included, of the first rank if there
     are several.
 
-    ``key`` names the configuration: a checkpoint of another one is refused with
-    :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in seconds.
+    ``key`` names the configuration: a checkpoint of another one, or a damaged one, is
+    refused with :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in
+    seconds. What was done until an interrupt (Ctrl-C) is saved, too.
     ``origins``, facts about this process, are kept in the checkpoint; those of the
     processes that it has been through are put before them.
     """
@@ -148,6 +149,11 @@ def drive(
             raise records.RecordError(
                 f"{records.short(checkpoint)} is the checkpoint of another "
                 "configuration: delete it to start afresh"
+            )
+        if metadata.get("digest") != records.digest(key, arrays):
+            raise records.RecordError(
+                f"{records.short(checkpoint)} is damaged (its content does not match "
+                "its digest): delete it to start afresh"
             )
         # in the order of the saved state, for which functions have been compiled
         state = records.unflatten({k: arrays[k] for k in metadata.get("order", arrays)})
@@ -163,7 +169,8 @@ def drive(
         if checkpoint is not None and ranks()[0] == 0:
             arrays = records.flatten(state)
             metadata = {"key": key, "seconds": elapsed(), "origins": origins}
-            records.write(checkpoint, arrays, metadata | {"order": list(arrays)})
+            metadata |= {"order": list(arrays), "digest": records.digest(key, arrays)}
+            records.write(checkpoint, arrays, metadata)
 
     saved = time.monotonic()
     while True:
@@ -180,7 +187,11 @@ def drive(
         if time.monotonic() - saved >= save_every:
             save()
             saved = time.monotonic()
-        state = job.advance(state)
+        try:
+            state = job.advance(state)
+        except KeyboardInterrupt:  # ``state`` is still that before the piece
+            save()
+            raise
 
 
 def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
@@ -232,7 +243,10 @@ class Captured:
         if self.graphs is None or torch.is_grad_enabled():
             return self.function(*args)
         given, form = tree_flatten(args)
-        key = (form, *((x.shape, x.dtype) for x in given if isinstance(x, Tensor)))
+        key = (
+            form,
+            *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given),
+        )
         if key not in self.graphs:
             with torch.cuda.device(self.device):
                 return self._capture(key, given, form)
@@ -433,6 +447,9 @@ def log_spaced(first: int, last: int, count: int, step: int = 1) -> list[int]:
     return sorted({p for p in points if first <= p <= last} | {first, last})
 
 
+_LOWEST = {"replicas": 1, "segment": 1, "evaluations": 1, "audit_every": 0, "sample": 0}
+
+
 @dataclass(frozen=True)
 class Training:
     """Everything that determines one run: a method on an optimizee, for a group of
@@ -466,6 +483,15 @@ class Training:
     sample: int = records.later(0)
 
     def __post_init__(self) -> None:
+        if not hasattr(self.method, "interval"):
+            raise ValueError(
+                f"{self.method!r} is no method of training: wrap an optimizer in Alone"
+            )
+        for name, low in _LOWEST.items():
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"{name} must be at least {low}, not {getattr(self, name)}"
+                )
         if self.steps < 1 or self.steps % self.segment:
             raise ValueError(
                 f"steps must be a positive multiple of the segment, {self.segment}, "
@@ -488,13 +514,8 @@ class Training:
         if len(groups) != 1 or min(self.seeds) < 0 or twice:
             raise ValueError(
                 "seeds must be non-negative, distinct and of one group of "
-                f"{self.replicas}, not {self.seeds}"
+                f"{self.replicas} (replicas says how many), not {self.seeds}"
             )
-        for name, low in (("evaluations", 1), ("audit_every", 0), ("sample", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"{name} must be at least {low}, not {getattr(self, name)}"
-                )
 
     @classmethod
     def of(cls, training: Training, **changes: Any) -> Self:
@@ -562,8 +583,8 @@ class TrainingJob:
                 f"items of {c.data}"
             )
         self.metas = {
-            role: {k: v.to(self.device) for k, v in meta.items()}
-            for role, meta in self.metas.items()
+            role: {k: v.to(self.device) for k, v in self.metas.get(role, {}).items()}
+            for role in c.method.optimizers
         }
 
         def piece(state: State, train: Tensor, valid: Tensor | None) -> Any:

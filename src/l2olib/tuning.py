@@ -235,7 +235,7 @@ class Chosen:
 RATES = tuple(
     float(f"{lead}e{power}") for power in range(-7, 1) for lead in (1, 3)
 )[:-1]  # fmt: skip
-"""STAR's 15 learning rates for Adam, 1e-7, 3e-7, ..., 1 (spec card, section 7)."""
+"""STAR's 15 learning rates for Adam, 1e-7, 3e-7, ..., 1 (its reference code)."""
 MIDDLE = tuple(RATES.index(rate) for rate in (3e-4, 1e-3, 3e-3))
 """Where a search that brackets the best of them starts."""
 

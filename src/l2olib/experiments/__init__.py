@@ -30,6 +30,7 @@ from .runs import (
     results,
     summary,
     table,
+    trained,
     trainings,
 )
 from .star import (
@@ -79,6 +80,7 @@ __all__ = [
     "star_weights",
     "summary",
     "table",
+    "trained",
     "trainings",
 ]
 

@@ -31,7 +31,8 @@ from ..tuning import FIRST_SEED, Chosen, tuned
 from .runs import Experiment, ExperimentError, learned_roles, trainings
 
 LSTM = LSTMOptimizer()
-"""The L2O of the LGL2O chapters; p and output scale as in the spec card, rows 8, 9."""
+"""The L2O of the LGL2O chapters; p and output scale are open in the paper
+(appendix a2-settings)."""
 
 TAU = 50_000.0
 
@@ -274,7 +275,7 @@ FIGURES: dict[str, Figure] = {
         {"lr": 0.01, "adam": 1e-3},
     ),
 }
-"""Options are those of :func:`lgl2o_methods`; rates: spec card B, sections 3 and 6."""
+"""Options are those of :func:`lgl2o_methods`; rates: appendix a2-settings."""
 
 
 LADDERS: dict[str, tuple[float, ...]] = {
@@ -421,7 +422,7 @@ RULES: dict[str, Any] = {
     "arithmetic": ArithmeticAverage(),
     "recent maximum": RecentMax(30),
 }
-"""GL2O's rules for its bar (spec card C, section 3)."""
+"""GL2O's rules for its bar (chapter 04-gradient-guard)."""
 
 CONVEX_RATE = 1.0
 """Step size on the convex problem; its gradient's Lipschitz constant is below 1."""
@@ -502,8 +503,10 @@ def _ablations(
     without: tuple[str, ...] = (),
     smoke: tuple[str, ...] = (),
 ) -> Callable[..., Iterable[tuple[str, Any]]]:
-    """One factor at a time from a figure's LGL2O; batches ``iid`` where n_t or n_c is
-    too large for the others to avoid. ``smoke``: all that is left of it there."""
+    """One factor at a time from a figure's LGL2O. ``smoke``: all that is left there.
+
+    With n_t or n_c of 100 batches are ``iid``: Circles has too few items for disjoint
+    ones (Conv3's MNIST would have enough; "iid" is the control for that)."""
     figure = FIGURES[name]
     default = lgl2o_methods(**figure.options)["LGL2O"]
     rate = default.fallback.lr.lr0

@@ -17,7 +17,7 @@ from ..data import find_root, load
 from ..metatrain.estimates import NetworkEstimates
 from ..metatrain.truncated import LearningCurve, MetaWork
 from ..optimizees import Layout
-from ..optimizers import Wrapped
+from ..optimizers import Meta, Wrapped
 from ..records import Record, RecordError
 from ..train import BURN_IN, Training, drive, repeatable
 from ..tuning import (
@@ -120,15 +120,7 @@ class Run:
         try:
             config = self.config
         except (records.Missing, records.Stale):
-            needs = set()
-            for name in self.work.weights.values():
-                try:
-                    load_weights(name, self.profile != "smoke")
-                except (records.Missing, records.Stale):
-                    needs.add(name.removesuffix(BEST))
-            if self.tuning is not None and self.tuning.state() != "done":
-                needs.add(f"{self.tuning.experiment} {self.tuning.name}")
-            return "needs " + ", ".join(sorted(needs))
+            return "needs " + ", ".join(sorted(self.needs()))
         except RecordError:
             return "damaged"
         try:
@@ -140,6 +132,32 @@ class Run:
         except RecordError:
             return "damaged"
         return "done"
+
+    def needs(self) -> dict[str, str]:
+        """What this run reads that is missing or stale, and the command that makes it.
+
+        For weights that no entry of the table makes the command is empty.
+        """
+        found = {}
+        for name in getattr(self.work, "weights", {}).values():
+            try:
+                load_weights(name, self.profile != "smoke")
+            except (records.Missing, records.Stale):
+                name = name.removesuffix(BEST)
+                made = _meta_trainings(tuple(EXPERIMENTS.values())).get(name)
+                found[name] = made.command if made else ""
+        if self.tuning is not None and self.tuning.state() != "done":
+            there = f"{self.tuning.experiment} {self.tuning.name}"
+            found[there] = self.tuning.command
+        return found
+
+    @property
+    def command(self) -> str:
+        """What to type to compute it."""
+        return (
+            f"python -m l2olib run {self.experiment} --profile {self.profile} "
+            f"--only '{self.name}'"
+        )
 
     def twin(self) -> Record | None:
         """Read the record of a run of this experiment that has the same configuration.
@@ -175,9 +193,6 @@ class Run:
         here = {"commit": records.commit(), "source": source, "claims": tests}
         origins: list[dict[str, Any]] = [here]
         metas = {k: weights_of(r, self.work, k) for k, r in self.trained.items()}
-        if isinstance(self.work, Training):
-            for role in self.work.method.optimizers:
-                metas.setdefault(role, {})
         arrays, seconds = drive(
             self.resolved.job(device, compile, metas),
             key=records.digest(self.config),
@@ -255,6 +270,41 @@ def load_weights(name: str, current: bool = True) -> Record:
     return Record.load(path, made.config if made else None)
 
 
+def trained(name: str, layout: Layout | None = None) -> tuple[Any, Meta]:
+    """Return a learned optimizer of the table and its meta-trained parameters.
+
+    ``name``: of weights in ``data/optimizers``, with :data:`BEST` behind it or without.
+    ``layout``: of the optimizee that it shall train, for optimizers that know tensors
+    (STAR's; default: the optimizee of meta-training). Raises RecordError as
+    :func:`load_weights` does, and for weights that no entry of the table makes.
+    """
+    record = load_weights(name)
+    plain = name.removesuffix(BEST)
+    made = _meta_trainings(tuple(EXPERIMENTS.values())).get(plain)
+    if made is None:
+        raise RecordError(
+            f"no experiment makes the weights {plain}, so that nothing says which "
+            "optimizer they belong to: read them with load_weights"
+        )
+    optimizer = made.work.optimizer
+    if layout is not None and hasattr(optimizer, "layout"):
+        optimizer = replace(optimizer, layout=layout)
+    return optimizer, _meta(record, optimizer, name != plain)
+
+
+def _meta(record: Record, optimizer: Any, best: bool) -> Meta:
+    """Take meta-parameters from a record, of its end or of its best snapshot."""
+    if best:
+        meta = optimizer.init_meta(0)
+        layout = Layout({name: tuple(v.shape) for name, v in meta.items()})
+        return layout.views(record.arrays["snapshots"][best_snapshot(record)])
+    return {
+        k.removeprefix("meta."): v
+        for k, v in record.arrays.items()
+        if k.startswith("meta.")
+    }
+
+
 def best_snapshot(record: Record) -> int:
     """Which of a meta-training's snapshots :data:`BEST` stands for."""
     a, work = record.arrays, record.config["work"]
@@ -277,15 +327,7 @@ def weights_of(record: Record, work: Any, role: str) -> dict[str, torch.Tensor]:
         )
     if whole:
         return record.arrays
-    if work.weights[role].endswith(BEST):
-        meta = optimizer.init_meta(0)
-        layout = Layout({name: tuple(v.shape) for name, v in meta.items()})
-        return layout.views(record.arrays["snapshots"][best_snapshot(record)])
-    return {
-        k.removeprefix("meta."): v
-        for k, v in record.arrays.items()
-        if k.startswith("meta.")
-    }
+    return _meta(record, optimizer, work.weights[role].endswith(BEST))
 
 
 # ---- experiments ---------------------------------------------------------------------
@@ -313,7 +355,10 @@ class Experiment:
                 f"{self.id} has no profile {profile!r}: use {', '.join(self.profiles)}"
             )
         chosen = {k: v for k, v in options.items() if v is not None}
-        made = self.build(profile, **chosen)
+        try:
+            made = list(self.build(profile, **chosen))
+        except ValueError as error:
+            raise ExperimentError(f"{self.id} at {profile}: {error}") from error
         return [Run(self.id, self.version, profile, n, w) for n, w in made]
 
 
@@ -397,6 +442,8 @@ def results(
             "laptop or paper"
         )
     runs = [r for r in runs if not only or r.label in only]
+    if not runs:
+        raise ExperimentError(f"{experiment} has none of {', '.join(only)}")
     waiting = _waiting(runs)
     ready = [r for r in runs if r.label not in waiting]
     missing = [r for r in runs if not r.path.exists()]
@@ -486,7 +533,7 @@ def curves(found: Iterable[tuple[Run, Record]]) -> dict[str, dict[str, torch.Ten
 
 def _conditions(record: Record) -> int:
     """A number for what a measured time depends on besides the work itself."""
-    keys = ("source", "device", "torch", "threads", "compiled")
+    keys = ("source", "device", "cpu", "torch", "threads", "compiled")
     facts = {key: record.provenance.get(key) for key in keys}
     return int(records.digest(facts)[:12], 16)
 

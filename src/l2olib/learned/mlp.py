@@ -242,7 +242,8 @@ class MLPOptimizer:
     ``nominal_grad_estimator`` is ``nominal_direction``, ``normalize_blackbox``
     ``precondition``, ``selfnormalize_blackbox`` ``self_normalize``,
     ``aggregate_nom_magnitude`` ``aggregate_nominal``, ``regularization_controller``
-    ``decay_controller``.
+    ``decay_controller``. Those that no experiment uses are there for parity with the
+    reference code: its golden vectors check them.
     """
 
     layout: Layout = field(compare=False, repr=False)
@@ -271,7 +272,10 @@ class MLPOptimizer:
                 f"these settings need {needed} to 4 heads, not {self.heads}"
             )
         if self.nominal_direction not in get_args(Direction):
-            raise ValueError(f"there is no direction {self.nominal_direction!r}")
+            raise ValueError(
+                f"there is no direction {self.nominal_direction!r}: choose from "
+                f"{', '.join(get_args(Direction))}"
+            )
         if self.learn_nominal and not self.nominal_stepsize:
             raise ValueError("to learn its scale, give the nominal term a step size")
         tensors = at_least_vectors(self.layout)

@@ -370,10 +370,11 @@ class Evolution(MetaWork):
     group: int = 4
 
     def __post_init__(self) -> None:
-        if min(self.group, self.validate_every) < 1 or not self.clip > 0:
+        super().__post_init__()
+        if self.group < 1 or not self.clip > 0 or not (self.ceiling or 1) > 0:
             raise ValueError(
-                "group and validate_every must be at least 1 and clip positive, not "
-                f"{self.group}, {self.validate_every} and {self.clip}"
+                "group must be at least 1, and clip and ceiling positive, not "
+                f"{self.group}, {self.clip} and {self.ceiling}"
             )
         if self.patience is not None:
             raise ValueError(

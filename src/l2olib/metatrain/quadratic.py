@@ -131,7 +131,7 @@ class SpectrumJob:
             "radius": values.abs().amax(1),
             "real": values.real.mean(1),
             "reach": far.mean(1),
-            "unevenness": far.amax(1) / far.median(1).values,
+            "unevenness": far.amax(1) / far.quantile(0.5, 1),
         }
 
 

@@ -114,8 +114,26 @@ class MetaWork:
     optimizer: Any
     seed: Any
     rollouts: Any
+    meta_lr: Any
+    validate_every: Any
+    validation_seeds: Any
     selects = True
     """Whether the result is what validated best, or what came last."""
+
+    def __post_init__(self) -> None:
+        """Check what all meta-trainings share: ValueError."""
+        for name, low in (
+            ("seed", 0),  # others are those of trainings and validations
+            ("rollouts", 0),
+            ("validate_every", 1),
+            ("validation_seeds", 1),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"{name} must be at least {low}, not {getattr(self, name)}"
+                )
+        if not 0 < self.meta_lr < math.inf:
+            raise ValueError(f"meta_lr must be positive, not {self.meta_lr}")
 
     @property
     def layout(self) -> Layout:
@@ -163,6 +181,7 @@ class MetaTraining(MetaWork):
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rollout % self.truncation:
             raise ValueError(
                 f"rollout must be a multiple of truncation, not {self.rollout} "
@@ -170,9 +189,9 @@ class MetaTraining(MetaWork):
             )
         if self.truncation < 2:
             raise ValueError(too_short(self.truncation))
-        if self.validate_every < 1:
+        if self.patience is not None and self.patience < 1:
             raise ValueError(
-                f"validate_every must be at least 1, not {self.validate_every}"
+                f"patience must be None or at least 1, not {self.patience}"
             )
         if self.order not in ("first", "full"):
             raise ValueError(f"order must be first or full, not {self.order!r}")
