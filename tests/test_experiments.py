@@ -740,6 +740,8 @@ def test_summary_reads_the_last_values(toy_table):
     share = (guard["use_l2o"] * ends.diff()).sum(1).mean() / ends[-1]
     assert cells["LGL2O"][4] == f"{share:.1%}"
     assert cells["SGD"][4:] == ["", ""]
+    head, *_ = experiments.summary({"SGD": curves["SGD"]}).splitlines()
+    assert "accepted" not in head, "nobody decides"
 
 
 def test_meta_trainings_of_different_length_stay_apart():

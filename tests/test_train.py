@@ -647,6 +647,7 @@ def test_methods_are_paired(toy_data):
         ({"seeds": ()}, "one group of 2"),
         ({"seeds": (1, 1)}, "distinct"),
         ({"method": GD}, "is no method of training: wrap an optimizer in Alone"),
+        ({"seeds": 3}, r"^seeds must be several, such as \(3,\)"),
         ({"replicas": 0}, "^replicas must be at least 1, not 0"),
         ({"segment": 0}, "^segment must be at least 1, not 0"),
         ({"sample": -5}, "^sample must be at least 0, not -5"),

@@ -509,6 +509,8 @@ class Training:
                 f"the method has no {', '.join(sorted(unknown))}: give weights to "
                 f"{' or '.join(self.method.optimizers)}"
             )
+        if isinstance(self.seeds, int):
+            raise ValueError(f"seeds must be several, such as ({self.seeds},)")
         groups = {seed // self.replicas for seed in self.seeds}
         twice = len(set(self.seeds)) != len(self.seeds)
         if len(groups) != 1 or min(self.seeds) < 0 or twice:

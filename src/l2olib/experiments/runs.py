@@ -544,11 +544,10 @@ def summary(curves: claims.Curves) -> str:
     Medians over seeds of the losses and the error, work of a step, the share of
     proposals accepted in the whole run, seeds that diverge.
     """
-    lines = [
-        "| method | training loss | test loss | test error | MFLOP a step | "
-        "accepted | diverges |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    guards = any("use_l2o" in a for a in curves.values())
+    head = ["method", "training loss", "test loss", "test error", "MFLOP a step"]
+    head += ["accepted"] * guards + ["diverges"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, a in curves.items():
         cells = [
             f"{claims.median(a[k][:, -1]):.3g}" for k in ("full_loss", "test_loss")
@@ -564,11 +563,11 @@ def summary(curves: claims.Curves) -> str:
         if int(a["steps"][-1]) > BURN_IN:
             found = claims.divergence(a)[0]
             diverged = f"{int(found.sum())} of {len(found)}"
-        lines.append(f"| {name} | {' | '.join([*cells, accepted, diverged])} |")
+        cells += [accepted] * guards + [diverged]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     end = int(a["steps"][-1])
-    note = (
-        f"After {end:,} steps: medians over seeds, losses in nat; accepted: the mean."
-    )
+    note = f"After {end:,} steps: medians over seeds, losses in nat"
+    note += "; accepted: the mean." if guards else "."
     return "\n".join(lines) + f"\n\n*{note}*"
 
 
