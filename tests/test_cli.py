@@ -60,7 +60,11 @@ def test_run_computes_what_is_missing_and_skips_what_is_done(toy_table, cli):
     ]
     made = files(toy_table)
     assert len(made) == 7 and not any("scratch" in name for name in made)
-    assert cli("run", "toy.*") == (0, ["all 7 runs have their record"], [])
+    assert cli("run", "toy.*") == (
+        0,
+        ["nothing to do: 7 of 7 runs have their record"],
+        [],
+    )
     assert files(toy_table) == made
 
 
@@ -81,7 +85,7 @@ def test_run_only_some_and_redo(toy_table, cli):
     status, out, _ = cli("run", "toy.fig", "--only", "*/1")
     assert status == 0 and len(out) == 6
     assert cli("run", "toy.fig", "--only", "SGD/1")[1] == [
-        "all 1 runs have their record"
+        "nothing to do: 1 of 1 runs have their record"
     ]
     assert [
         line.split()[1] for line in cli("run", "toy.fig", "--only", "SGD")[1][::2]
@@ -239,7 +243,7 @@ def test_what_a_run_needs_may_come_after_it(toy_table, cli, monkeypatch):
     monkeypatch.setattr(experiments.runs, "EXPERIMENTS", backwards)
     status, out, _ = cli("run", "toy.*")
     assert status == 0 and "toy.train" in out[4] and len(out) == 14
-    assert cli("run", "toy.*")[1] == ["all 7 runs have their record"]
+    assert cli("run", "toy.*")[1] == ["nothing to do: 7 of 7 runs have their record"]
 
 
 def test_weights_of_another_architecture(toy_table, cli, monkeypatch):

@@ -316,7 +316,7 @@ def test_mistakes_are_named():
         PES(4, 5, 10, resets="hard")
     with pytest.raises(ValueError, match="horizon, 10, not 11"):
         PES(4, 5, 10, offset=11)
-    for wrong in {"group": 0}, {"clip": -1.0}, {"ceiling": -1.0}:
+    for wrong in {"group": 0}, {"clip": -1.0}, {"ceiling": -1.0}, {"ceiling": 0.0}:
         with pytest.raises(ValueError, match="clip and ceiling positive, not"):
             small(**wrong)
     with pytest.raises(ValueError, match="validate_every must be at least 1, not 0"):

@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"l2olib: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        same = "the same command" + " without --redo" * getattr(args, "redo", False)
         print(
-            "l2olib: interrupted; the same command goes on from what was done",
-            file=sys.stderr,
+            f"l2olib: interrupted; {same} goes on from what was done", file=sys.stderr
         )
         return 130
 
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             todo = waiting
         if done == count:
-            say(f"all {count} runs have their record")
+            say(f"nothing to do: {count} of {count} runs have their record")
     except Unfinished as stop:
         say(f"{stop}; run the same command again to go on")
     return 0

@@ -509,7 +509,7 @@ class Training:
                 f"the method has no {', '.join(sorted(unknown))}: give weights to "
                 f"{' or '.join(self.method.optimizers)}"
             )
-        if isinstance(self.seeds, int):
+        if not hasattr(self.seeds, "__iter__"):
             raise ValueError(f"seeds must be several, such as ({self.seeds},)")
         groups = {seed // self.replicas for seed in self.seeds}
         twice = len(set(self.seeds)) != len(self.seeds)

@@ -371,7 +371,8 @@ class Evolution(MetaWork):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group < 1 or not self.clip > 0 or not (self.ceiling or 1) > 0:
+        ceiling = 1.0 if self.ceiling is None else self.ceiling
+        if self.group < 1 or not (self.clip > 0 and ceiling > 0):
             raise ValueError(
                 "group must be at least 1, and clip and ceiling positive, not "
                 f"{self.group}, {self.clip} and {self.ceiling}"
