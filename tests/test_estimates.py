@@ -154,7 +154,9 @@ def test_resumed_works_are_bit_identical(tmp_path):
         job = work.job("cpu", False, metas)
         state = job.advance(job.start())
         path = tmp_path / "checkpoint"
-        records.write(path, records.flatten(state), {"key": "k", "seconds": 1.0})
+        flat = records.flatten(state)
+        facts = {"key": "k", "seconds": 1.0, "digest": records.digest("k", flat)}
+        records.write(path, flat, facts)
         again = work.job("cpu", False, metas)
         resumed, _ = drive(again, key="k", checkpoint=path)
         whole, _ = drive(work.job("cpu", False, metas))

@@ -102,7 +102,7 @@ def test_power_decay_at_chosen_points():
     assert constant(0.7)(torch.tensor(10**6), torch.float64).item() == 0.7
     with pytest.raises(ValueError, match="^tau must be positive, not 0"):
         PowerDecay(3.0, tau=0.0)
-    for rate in (-1.0, math.nan, math.inf):
+    for rate in (-1.0, math.nan):
         with pytest.raises(ValueError, match="^a learning rate must be at least 0"):
             constant(rate)
         with pytest.raises(ValueError, match="^a learning rate must be at least 0"):

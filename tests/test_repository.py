@@ -23,9 +23,9 @@ def test_code_is_in_form(command: list[str], root: Path) -> None:
 
 
 def test_tracked_files_fit_on_a_borrowed_machine(root: Path) -> None:
-    """A GPU's copy takes 64 MiB, data sets included."""
+    """A GPU's copy takes 64 MiB, 30 of them for Fashion-MNIST."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True
     )
     files = [root / name for name in listed.stdout.split("\0") if name]
-    assert sum(f.stat().st_size for f in files if f.exists()) < 32 * 2**20
+    assert sum(f.stat().st_size for f in files if f.exists()) < 33 * 2**20

@@ -52,8 +52,8 @@ def _count(params: Tensor) -> Tensor:
 
 
 def _check_rate(rate: float) -> None:
-    if not 0 <= rate < math.inf:
-        raise ValueError(f"a learning rate must be at least 0 and finite, not {rate}")
+    if not rate >= 0:
+        raise ValueError(f"a learning rate must be at least 0, not {rate}")
 
 
 @dataclass(frozen=True)
