@@ -332,6 +332,11 @@ def test_parameters_are_read_as_python_values() -> None:
             ["chapter", "demo", "--params", "seeds"],
             "'seeds' is not a parameter: write name=value.",
         ),
+        (
+            ["chapter", "demo", "--params", "seeds='3"],
+            """"seeds='3" cannot be read (No closing quotation): write name=value, """
+            "quotes in pairs.",
+        ),
         (["chapter", "demo"], "demo failed: KeyError: 'no'"),
     ],
 )
@@ -344,7 +349,10 @@ def test_tool_refuses_with_one_sentence(
     """Wrong names, wrong words and a failing chapter give exit status 1."""
     nbformat.write(demo('{}["no"]'), book / "demo.ipynb")
     assert notebooks.main(arguments) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == message
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    there = r" \(what ran is in .*demo-smoke\.part\.ipynb\)"
+    assert re.fullmatch(re.escape(message) + f"({there})?", said)
+    assert ("what ran" in said) == ("failed" in message)
 
 
 # The check of stored outputs can fail
