@@ -150,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
             f"python -m l2olib list '{args.pattern}' --profile {args.profile} --runs"
         )
     first = ranks()[0] == 0
+    begun: list[Run] = []
 
     def say(text: str) -> None:
         if first:
@@ -170,6 +171,7 @@ def run(args: argparse.Namespace) -> int:
                 item.load()  # raises: it is not for us to overwrite it unasked
             if state == "done":
                 return True
+        begun.append(item)
         say(f"{item.experiment} {item.name} ({item.profile})")
         if state == "stale":
             say("    its record is of another configuration and will be replaced")
@@ -183,7 +185,6 @@ def run(args: argparse.Namespace) -> int:
         return True
 
     count = len(todo)
-    done = sum(item.state() == "done" for item in todo) * (not args.redo)
     try:
         while todo:  # what a run needs may come after it in the table
             waiting = [item for item in todo if not settled(item)]
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
                     f"first make {name}{others}{': ' * bool(how)}{how}"
                 )
             todo = waiting
-        if done == count:
+        if not begun:
             say(f"nothing to do: {count} of {count} runs have their record")
     except Unfinished as stop:
         say(f"{stop}; run the same command again to go on")

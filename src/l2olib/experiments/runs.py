@@ -143,9 +143,8 @@ class Run:
             try:
                 load_weights(name, self.profile != "smoke")
             except (records.Missing, records.Stale):
-                name = name.removesuffix(BEST)
-                made = _meta_trainings(tuple(EXPERIMENTS.values())).get(name)
-                found[name] = made.command if made else ""
+                made = meta_training(name)
+                found[name.removesuffix(BEST)] = made.command if made else ""
         if self.tuning is not None and self.tuning.state() != "done":
             there = f"{self.tuning.experiment} {self.tuning.name}"
             found[there] = self.tuning.command
@@ -251,6 +250,12 @@ def _meta_trainings(table: tuple[Experiment, ...]) -> dict[str, Run]:
     }
 
 
+def meta_training(name: str) -> Run | None:
+    """Return the run of the table whose record these weights are, if there is one."""
+    table = tuple(EXPERIMENTS.values())
+    return _meta_trainings(table).get(name.removesuffix(BEST))
+
+
 def load_weights(name: str, current: bool = True) -> Record:
     """Read meta-trained weights ``data/optimizers/NAME.safetensors``.
 
@@ -266,7 +271,7 @@ def load_weights(name: str, current: bool = True) -> Record:
             f"there are no weights {name}: meta-train them first, or choose one of "
             f"{', '.join(known) or '(none yet)'}"
         )
-    made = _meta_trainings(tuple(EXPERIMENTS.values())).get(name) if current else None
+    made = meta_training(name) if current else None
     return Record.load(path, made.config if made else None)
 
 
@@ -278,18 +283,16 @@ def trained(name: str, layout: Layout | None = None) -> tuple[Any, Meta]:
     (STAR's; default: the optimizee of meta-training). Raises RecordError as
     :func:`load_weights` does, and for weights that no entry of the table makes.
     """
-    record = load_weights(name)
-    plain = name.removesuffix(BEST)
-    made = _meta_trainings(tuple(EXPERIMENTS.values())).get(plain)
+    record, made = load_weights(name), meta_training(name)
     if made is None:
         raise RecordError(
-            f"no experiment makes the weights {plain}, so that nothing says which "
+            f"no experiment makes the weights {name}, so that nothing says which "
             "optimizer they belong to: read them with load_weights"
         )
     optimizer = made.work.optimizer
     if layout is not None and hasattr(optimizer, "layout"):
         optimizer = replace(optimizer, layout=layout)
-    return optimizer, _meta(record, optimizer, name != plain)
+    return optimizer, _meta(record, optimizer, name.endswith(BEST))
 
 
 def _meta(record: Record, optimizer: Any, best: bool) -> Meta:
