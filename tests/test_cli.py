@@ -283,7 +283,7 @@ def test_a_damaged_record_is_not_overwritten(toy_table, cli):
     whole = run.path.read_bytes()
     run.path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     before = files(toy_table)
-    refused(cli("run", "toy.fig"), "LGL2O/0.safetensors is damaged", "delete it")
+    refused(cli("run", "toy.fig"), "LGL2O/0.safetensors.gz is damaged", "delete it")
     assert files(toy_table) == before
     assert cli("run", "toy.fig", "--redo", "--only", "LGL2O/0")[0] == 0
     assert run.state() == "done"
@@ -291,11 +291,11 @@ def test_a_damaged_record_is_not_overwritten(toy_table, cli):
 
 def test_damaged_weights(toy_table, cli):
     cli("run", "toy.*")
-    path = toy_table / "data" / "optimizers" / "toy-lstm.safetensors"
+    path = toy_table / "data" / "optimizers" / "toy-lstm.safetensors.gz"
     path.write_bytes(path.read_bytes()[:-3])
     before = files(toy_table)
     for pattern in ("toy.train", "toy.fig"):
-        refused(cli("run", pattern), "toy-lstm.safetensors is damaged")
+        refused(cli("run", pattern), "toy-lstm.safetensors.gz is damaged")
     assert files(toy_table) == before
     status, out, _ = cli("list", "toy.fig")
     assert status == 0 and "2/6" in out[0]

@@ -617,7 +617,7 @@ def test_ranks_stop_together_and_the_first_writes(tmp_path):
     assert second == ""
     assert lines[0] == lines[2] == "toy.ranks toy/0 (laptop)"
     assert "by the time limit; run the same command again to go on" in lines[1]
-    record = Record.load(tmp_path / "data" / "optimizers" / "toy" / "0.safetensors")
+    record = Record.load(tmp_path / "data" / "optimizers" / "toy" / "0.safetensors.gz")
     arrays, _ = drive(EvolutionJob(distributed()))
     assert torch.equal(record.arrays["training"], arrays["training"])
     assert record.digest.startswith(lines[3].split()[0])

@@ -260,7 +260,7 @@ def test_star_from_meta_training_to_curves(monkeypatch, tmp_path):
     for name in ("star.metatrain", "star.appfig1"):
         for run in runs(name, "smoke"):
             folder = tmp_path / "data" / "optimizers"
-            run.execute(checkpoint=False).save(folder / f"{run.name}.safetensors")
+            run.execute(checkpoint=False).save(folder / f"{run.name}.safetensors.gz")
     found, stopped = (
         r.execute(checkpoint=False).arrays for r in runs("star.long", "smoke")
     )
@@ -389,7 +389,7 @@ def fresh_weights(tmp_path, monkeypatch):
         }
         spec = records.spec(optimizer)
         config = {"work": {"optimizer": spec, "validate_every": 100}}
-        path = tmp_path / "data" / "optimizers" / f"{name}.safetensors"
+        path = tmp_path / "data" / "optimizers" / f"{name}.safetensors.gz"
         Record(config, arrays, {}).save(path)
 
 
@@ -418,7 +418,7 @@ def test_every_kind_of_task_runs_offline(fresh_weights):
 def test_states(toy_table):
     (train,), figure = runs("toy.train"), runs("toy.fig")
     assert train.state() == "missing"
-    assert train.path == toy_table / "data" / "optimizers" / "toy-lstm.safetensors"
+    assert train.path == toy_table / "data" / "optimizers" / "toy-lstm.safetensors.gz"
     assert [r.state() for r in figure if r.label != "SGD"] == ["needs toy-lstm"] * 4
     assert [r.state() for r in figure if r.label == "SGD"] == ["missing"] * 2
     record_all("toy.train", "toy.fig")
@@ -619,7 +619,7 @@ def test_weights_of_every_meta_training_have_a_folder_of_their_own(toy_table):
         (QuadraticMetaTraining(0.1, (0,), 10), "records/laptop/x"),
     ):
         run = experiments.Run("x", 1, "laptop", "w", work)
-        assert run.path == toy_table / "data" / folder / "w.safetensors"
+        assert run.path == toy_table / "data" / folder / "w.safetensors.gz"
 
 
 # ---- record mode ---------------------------------------------------------------------

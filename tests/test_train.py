@@ -46,7 +46,7 @@ LSTM = LSTMOptimizer()
 SMALL = LSTMOptimizer(hidden=4)
 TOY = MLP((2, 4, 2))
 GD = SGD(constant(0.5))
-WEIGHTS = find_root() / "data" / "optimizers" / f"{L2O}.safetensors"
+WEIGHTS = find_root() / "data" / "optimizers" / f"{L2O}.safetensors.gz"
 
 
 def trained_lstm() -> dict[str, torch.Tensor]:

@@ -55,13 +55,8 @@ class Run:
         data = find_root() / "data"
         if isinstance(self.work, MetaWork) and self.profile != "smoke":
             return weights_path(self.name)
-        return (
-            data
-            / "records"
-            / self.profile
-            / self.experiment
-            / f"{self.name}.safetensors"
-        )
+        folder = data / "records" / self.profile / self.experiment
+        return folder / f"{self.name}{records.SUFFIX}"
 
     @property
     def checkpoint(self) -> Path:
@@ -232,9 +227,8 @@ snapshot nearest to the iteration of lowest validation, in place of its last ite
 
 def weights_path(name: str) -> Path:
     """Where the weights of that name lie, or will."""
-    return (
-        find_root() / "data" / "optimizers" / f"{name.removesuffix(BEST)}.safetensors"
-    )
+    folder = find_root() / "data" / "optimizers"
+    return folder / f"{name.removesuffix(BEST)}{records.SUFFIX}"
 
 
 @lru_cache(maxsize=1)
@@ -257,7 +251,7 @@ def meta_training(name: str) -> Run | None:
 
 
 def load_weights(name: str, current: bool = True) -> Record:
-    """Read meta-trained weights ``data/optimizers/NAME.safetensors``.
+    """Read meta-trained weights ``data/optimizers/NAME.safetensors.gz``.
 
     RecordError if they are absent or damaged, or stale: from another meta-training than
     the one which the table calls so (unless any are welcome: ``current=False``). Names
@@ -266,7 +260,10 @@ def load_weights(name: str, current: bool = True) -> Record:
     path = weights_path(name)
     name = name.removesuffix(BEST)
     if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
+        known = sorted(
+            p.name.removesuffix(records.SUFFIX)
+            for p in path.parent.glob(f"*{records.SUFFIX}")
+        )
         raise records.Missing(
             f"there are no weights {name}: meta-train them first, or choose one of "
             f"{', '.join(known) or '(none yet)'}"
