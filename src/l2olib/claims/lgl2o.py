@@ -757,19 +757,23 @@ ROWS: tuple[Claim, ...] = (
 
 DETAILS: dict[str, dict[str, tuple[str, str]]] = {
     "memory reset after a rejection": {
-        figure: (figure, "LGL2O reset") for figure in (_FIG3, _FIG4, _FIG5)
+        **{figure: (figure, "LGL2O reset") for figure in (_FIG3, _FIG4, _FIG5)},
+        _FIG6: (_CONV3, "reset"),
     },
     **{
-        detail: {_FIG4: (_ABLATIONS, label)}
+        detail: {_FIG4: (_ABLATIONS, label), _FIG6: (_CONV3, label)}
         for detail, label in {
             "memory reverted after a rejection": "revert",
             "the same validation batches at all decisions": "fixed",
-            "validation batches that may overlap": "iid",
-            "schedule of power 1": "power 1",
             "schedule of power 0.5": "power 0.5",
-            "the other of the paper's two rates": "rate 1",
         }.items()
+    },
+    "validation batches that may overlap": {_FIG4: (_ABLATIONS, "iid")},
+    "schedule of power 1": {_FIG4: (_ABLATIONS, "power 1")},
+    "the other of the paper's two rates": {
+        _FIG4: (_ABLATIONS, "rate 1"),
+        _FIG6: (_CONV3, "rate 3"),
     },
 }
 """Open details of LGL2O settled otherwise, as :func:`~.verdicts.settle` reads them: on
-three problems, or on Circles up to step 10,000."""
+three problems at full length, on Circles up to step 10,000, on Conv3 up to 2,000."""
