@@ -159,7 +159,7 @@ class LGL2O:
     batches did not use), ``"iid"`` (fresh, with replacement), ``"fixed"`` (one draw for
     the whole run) or ``"full"`` (the whole training set; ``n_c`` is not used).
 
-    What the paper leaves open (rows of the book's appendix a2-settings):
+    What the paper leaves open (chapter 02c-one-at-a-time tries the other readings):
 
     * ``proposal_state`` after the fallback won: ``"carry"`` the state that the
       losing branch ended with, ``"revert"`` to the decision's start, or ``"reset"``.

@@ -31,8 +31,7 @@ from ..tuning import FIRST_SEED, Chosen, tuned
 from .runs import Experiment, ExperimentError, learned_roles, trainings
 
 LSTM = LSTMOptimizer()
-"""The L2O of the LGL2O chapters; p and output scale are open in the paper
-(appendix a2-settings)."""
+"""The L2O of the LGL2O chapters; p and output scale are open in the paper."""
 
 TAU = 50_000.0
 

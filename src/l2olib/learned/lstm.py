@@ -43,7 +43,7 @@ class LSTMOptimizer:
     """Two-layer coordinate-wise LSTM with a linear output.
 
     ``p``: preprocessing constant; ``scale``: factor on the output. Both are open in the
-    LGL2O paper (appendix a2-settings of the book). Meta-parameters, for layer l:
+    LGL2O paper. Meta-parameters, for layer l:
     ``w{l} [4 hidden, inputs + hidden]`` (gates i, f, g, o), ``b{l} [4 hidden, 1]``,
     then ``w_out [1, hidden]`` and ``b_out [1, 1]``.
     """
