@@ -62,9 +62,10 @@ def coordinate_major(grad, state):
 
 
 def memory(n: int) -> None:
-    """An eager update where glibc gives freed memory back (its default), and keeps it.
+    """An eager update where glibc gives freed memory back, and where it keeps it.
 
-    Numbers of glibc's mallopt.h: -1 is the size above which free memory is trimmed, -4
+    Back: all above 128 KiB, which is where its default begins before it adapts. Numbers
+    of its malloc.h: -1 is the size above which free memory is trimmed, -4
     the number of blocks that are mapped by themselves.
     """
     libc = ctypes.CDLL(None)
@@ -102,6 +103,7 @@ def updates(n: int = 15_910) -> None:
     row("L2O update [n, hidden] / [hidden, n], n = 15,910", f"{plain / ours:.2f}", ms)
     row("L2O update eager / compiled", f"{ours / ours_c:.2f}", f"{ours_c * 1e3:.2f} ms")
     row("L2O update / Adam update, both eager", f"{ours / hand:.0f}", ms)
+    ms = f"{ours_c * 1e3:.2f} ms"
     row("L2O update / Adam update, both compiled", f"{ours_c / hand_c:.0f}", ms)
 
 

@@ -183,6 +183,23 @@ def test_interrupted(how, toy_table, cli, monkeypatch):
     assert Record.load(run.path).digest == expected
 
 
+def test_interrupted_redo(toy_table, cli, monkeypatch):
+    """Without --redo there is nothing to go on with: the old record is still there."""
+    cli("run", "toy.*")
+
+    def interrupted(job, state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainingJob, "advance", interrupted)
+        status, _, err = cli("run", "toy.fig", "--redo")
+    assert status == 130
+    assert err[0].startswith(
+        "l2olib: interrupted; a run that had a record still has it"
+    )
+    assert cli("run", "toy.fig")[1][0].startswith("nothing to do")
+
+
 def test_the_module_can_be_run():
     environment = os.environ | {"PYTHONPATH": SRC}
     command = [sys.executable, "-m", "l2olib", "run", "lgl2o.fig33"]

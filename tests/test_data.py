@@ -7,6 +7,7 @@ import sys
 import urllib.error
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -327,7 +328,7 @@ def test_several_decisions_at_once_are_drawn_as_one_by_one(mode, device) -> None
         (lambda: valid(10, 5, 0, 0, 0, None), "n_c is 0"),
         (lambda: valid(10, 5, 0, -1, 1, None), "decision is -1"),
         (lambda: valid(10, 5, 0, 0, 1, None, "fresh"), "mode is 'fresh'"),
-        (lambda: valid(10, 5, 0, 0, 3, None), 'use mode="iid"'),
+        (lambda: valid(10, 5, 0, 0, 3, None), 'draw with replacement, mode "iid"'),
         (
             lambda: valid(10, 5, 0, 0, 2, torch.tensor([4])),
             "need 10 unused items, but only 9 of 10",
@@ -467,6 +468,22 @@ def test_damaged_text_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"test\.txt is damaged \(sha256") as caught:
         data.load("wikitext-2-4096x32", root=tmp_path, download=False)
     assert "python -m l2olib data wikitext-2-4096x32" in str(caught.value)
+
+
+def test_a_download_that_is_damaged_is_refused_with_advice(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(folder: Path) -> None:
+        (folder / "text" / "wikitext-2").mkdir(parents=True)
+        for file in data._WIKITEXT_FILES:
+            (folder / "text" / "wikitext-2" / file).write_text("half of it")
+
+    name = "wikitext-2-4096x32"
+    broken = replace(data._FILES[name], download=download)
+    monkeypatch.setitem(data._FILES, name, broken)
+    with pytest.raises(DataError, match=r"train\.txt is damaged") as caught:
+        data.load(name)
+    assert f"delete it and run `python -m l2olib data {name}`" in str(caught.value)
 
 
 def test_point_sets_have_the_published_geometry() -> None:
@@ -744,6 +761,7 @@ def test_missing_data_says_what_to_do(fresh: Path, name: str) -> None:
     assert str(fresh / "from-env") in said
     assert str(fresh / "repository" / "data" / "raw") in said
     stand_in = "descriptions-256x16" if name in TEXTS else "digits28"
+    stand_in = "digits64" if name == data._TINY else stand_in
     assert f"{stand_in!r}" in said and "\n" not in said
 
 

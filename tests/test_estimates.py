@@ -306,6 +306,10 @@ def test_mistakes_are_named():
     for wrong in (PES(2, 4, 10), PES(2, 4, 8, resets="slot"), PES(2, 4, 8, offset=8)):
         with pytest.raises(ValueError, match="restart together"):
             small(estimator=wrong)
+    with pytest.raises(ValueError, match="at least 2 pairs, not 1"):
+        EstimateStatistics(PES(1, 4, 8), (0,), 0.1)
+    with pytest.raises(ValueError, match="steps must be at least a truncation"):
+        small(steps=1)
     with pytest.raises(ValueError, match="'back-propagation', not 'magic'"):
         small("magic")
 

@@ -342,6 +342,10 @@ def test_learnable_sgd_is_sgd():
             expected, other = hand.update({}, g, other, params)
             assert torch.allclose(delta, expected, rtol=1e-6)
         assert ours.flops(4) == 0
+    with pytest.raises(ValueError, match="lr must be positive, not 0"):
+        LearnableSGD(0.0)
+    with pytest.raises(ValueError, match="momentum must be below 1, not 1"):
+        LearnableSGD(0.1, 1.0)
 
 
 # ---- the meta-training ---------------------------------------------------------------

@@ -644,7 +644,8 @@ def test_a_figure_shows_what_its_weights_allow(toy_table):
     assert not experiments.ready("toy.fig", "record")
     assert experiments.ready("toy.fig", "smoke")
     assert (
-        experiments.pending("toy.fig", "smoke") == "Not meta-trained yet: L2O; LGL2O."
+        experiments.pending("toy.fig", "smoke")
+        == "Wanting weights or a search: L2O; LGL2O."
     )
     assert {r.label for r, _ in results("toy.fig", "smoke")} == {"SGD"}
     with pytest.raises(RecordError, match="no weights toy-lstm"):

@@ -158,6 +158,8 @@ def test_a_method_that_changes_costs_what_it_costs_at_the_time() -> None:
     at = figures.progress(arrays, np.array([10, 100, 1_000]), "work")
     assert at.tolist() == [200, 2_000, 2_900]
     assert figures.progress(arrays, np.array([10]), "steps").tolist() == [10]
+    with pytest.raises(ValueError, match="one of steps, work, seconds, not 'flop'"):
+        figures.progress(arrays, np.array([10]), "flop")
 
 
 def test_a_training_can_be_drawn_against_what_it_costs() -> None:

@@ -1,6 +1,7 @@
 """GL2O: its theory where it holds, its rules by hand, and bad proposals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,15 @@ def test_a_fresh_residual_is_taken_on_another_batch(toy_data):
     _, trace = guard.segment(task, METAS, guard.init(start), train, valid)
     _, gradient = task.loss_and_grad(start + 0.1, valid[0, 0])
     assert trace["residual"].item() == pytest.approx(0.1 * gradient.norm().item())
+    for wrong in (None, valid[:, :0]):
+        with pytest.raises(
+            ValueError, match=r"fresh=True takes .* \(1, 1\) \(steps, 1"
+        ):
+            guard.segment(task, METAS, guard.init(start), train, wrong)
+    with pytest.raises(ValueError, match="fresh=False takes validation batches None"):
+        replace(guard, fresh=False).segment(
+            task, METAS, guard.init(start), train, valid
+        )
 
 
 @pytest.mark.parametrize(

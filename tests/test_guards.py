@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l2olib.guards import LGL2O, Coin, Lazy, Margin, Sequential, Shadow, Switch
 from l2olib.learned.lstm import LSTMOptimizer
+from l2olib.learned.mlp import star
 from l2olib.optimizees import MLP
 from l2olib.optimizers import SGD, Adam, PowerDecay, constant
 from l2olib.train import Alone
@@ -258,6 +259,19 @@ def test_a_finite_loss_at_parameters_that_are_not_finite_does_not_win():
     assert trace["valid_l2o"] < trace["valid_fallback"]
     assert not trace["use_l2o"].any()
     assert state["params"].tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_fallback_leads_back_from_where_the_loss_is_not_finite(lazy):
+    """A lazy guard looks at the loss where it stands, which says nothing of z."""
+    task, x = quadratic([2.0], [1.0]), torch.tensor([1e156], dtype=torch.float64)
+    kind = Lazy if lazy else LGL2O
+    guard = kind(Step(math.inf), SGD(constant(0.25)), n_t=10, validation="full")
+    assert task.full_loss(x).isinf()
+    idx = torch.zeros(10, 1, dtype=torch.int64)
+    state, trace = guard.segment(task, metas_of(guard), guard.init(x), idx, None)
+    assert not trace["use_l2o"].any()
+    assert state["params"].item() == pytest.approx(1e156 * 0.5**10)
 
 
 @pytest.mark.parametrize("option", ["carry", "revert", "reset"])
@@ -665,6 +679,12 @@ def test_wrong_lazy_guards_are_refused():
     with pytest.raises(ValueError, match="set fallback_state to"):
         Lazy(LSTM, heavy)
     assert Lazy(LSTM, heavy, fallback_state="revert").fallback == heavy
+    with pytest.raises(ValueError, match="leave radius None"):
+        Lazy(LSTM, GD, radius=1.0)
+    learned = star(MLP((2, 3, 2)).layout)
+    with pytest.raises(ValueError, match="set fallback_state to"):
+        Lazy(LSTM, learned)
+    assert Lazy(LSTM, learned, fallback_state="reset").fallback == learned
 
 
 def test_wrong_tests_of_noise_are_refused():
@@ -676,6 +696,8 @@ def test_wrong_tests_of_noise_are_refused():
         Sequential(0.0)
     with pytest.raises(ValueError, match="^memory must lie strictly between"):
         Sequential(memory=1.0)
+    with pytest.raises(ValueError, match=r"^test must be a Margin.*, not 3\.0"):
+        LGL2O(LSTM, GD, test=3.0)
     with pytest.raises(ValueError, match="^the full loss has no noise"):
         LGL2O(LSTM, GD, validation="full", test=Margin())
     with pytest.raises(ValueError, match="^slack must be at least 0, not -1"):

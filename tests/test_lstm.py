@@ -154,3 +154,23 @@ def test_work_equals_what_torch_counts(optimizer):
 
 def test_a_step_of_the_standard_network_costs_9960_flop_a_coordinate():
     assert LSTMOptimizer().flops(1) == 9_960
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 0}, "hidden must be at least 1, not 0"),
+        ({"layers": 0}, "layers must be at least 1, not 0"),
+        ({"p": 0.0}, "p must be above 0 and at most 88, not 0"),
+        ({"p": 100.0}, "p must be above 0 and at most 88, not 100"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LSTMOptimizer(**options)
+
+
+def test_every_allowed_p_is_finite_for_every_gradient():
+    grad = torch.tensor([0.0, 1e-45, 1e-38, -1.0, 3e38])
+    for p in (0.1, 10.0, 88.0):
+        assert log_and_sign(grad, p).isfinite().all()

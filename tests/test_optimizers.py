@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import batches, blobs, start_of
 
+from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizers import (
     SGD,
     Adam,
@@ -184,6 +185,10 @@ def test_holding_forever_is_refused():
 def test_a_clock_that_stops_before_it_starts_is_refused():
     with pytest.raises(ValueError, match="at must be at least 0, not -1"):
         StoppedClock(SGD(constant(0.1)), -1)
+    without = StoppedClock(LSTMOptimizer(hidden=2), 3)
+    state = without.init(torch.zeros(1))
+    with pytest.raises(ValueError, match="reads no clock that could be stopped"):
+        without.update(without.init_meta(0), torch.ones(1), state, torch.zeros(1))
 
 
 def test_a_stopped_clock_repeats_its_last_step():

@@ -72,6 +72,10 @@ def test_inequality_needs_the_gap_and_its_sign() -> None:
         t.inequality("t", "t", gt(x**2 + y**2, 2 * x * y), (x - y) ** 2)
     with pytest.raises(ProofError, match="sign"):  # <= does not give <
         t.inequality("t", "t", lt(a * b, b), b * (1 - a), [le(a, 1)])
+    t.inequality("t", "t", gt(2**x, 0), 2**x)
+    complex_ = sp.Symbol("z")
+    with pytest.raises(ProofError, match="sign"):  # a power need not even be real
+        t.inequality("t", "t", gt(2**complex_, 0), 2**complex_)
 
 
 def test_solution_must_be_the_exact_region() -> None:
@@ -101,6 +105,8 @@ def test_recurrence() -> None:
     for wrong, start in ((closed, 2), (a**n + b * (1 - a**n), 1)):
         with pytest.raises(ProofError):
             theorem().recurrence("t", "t", eq(u(n), wrong), step, {0: start})
+    with pytest.raises(ProofError, match="needs a start"):
+        theorem().recurrence("t", "t", eq(u(n), closed), step, {})
 
 
 def test_evaluation_shows_and_checks_both_sides() -> None:

@@ -165,6 +165,12 @@ def test_horizons_ascend(horizons):
 # ---- meta-training -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["iterations", "horizon", "pairs"])
+def test_nothing_to_do_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        QuadraticMetaTraining(0.1, (0,), **{"iterations": 10, name: 0})
+
+
 def test_an_iteration_is_es_and_a_step_of_torch_adamw():
     """Against ES whose truncation is the horizon, step by step, seed by seed."""
     work = QuadraticMetaTraining(0.2, (3, 5), 4, pairs=3, init=0.1, horizon=6)

@@ -195,6 +195,14 @@ def test_a_checkpoint_keeps_empty_states(tmp_path):
 # ---- files ---------------------------------------------------------------------------
 
 
+def test_outside_of_a_repository(saved, monkeypatch):
+    """Files are then named whole, and of the commit nothing is known."""
+    monkeypatch.setenv("L2OLIB_ROOT", str(saved / "nowhere"))
+    with pytest.raises(RecordError, match=f"{saved.parent}/none.gz does not exist"):
+        Record.load(saved.parent / "none.gz")
+    assert records.commit.__wrapped__() == "?"
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(RecordError, match="none.safetensors does not exist"):
         Record.load(tmp_path / "none.safetensors")

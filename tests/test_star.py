@@ -495,6 +495,8 @@ def test_mistakes_are_named():
             Training(other, "toy", Alone(star(MLP((2, 4)).layout)), 50, (0,))
     with pytest.raises(ValueError, match="built for 52 parameters, not 7"):
         star(SMALL).init(torch.zeros(7))
+    with pytest.raises(ValueError, match="built for 52 parameters, not 7"):
+        MomentumMLP(SMALL).init(torch.zeros(7))
     for wrong in {"hold": 1.0}, {"warmup": -0.1}:
         with pytest.raises(ValueError, match=r"^hold must lie in \[0, 1\) and warmup"):
             CosineDecay(0.1, 10, **wrong)

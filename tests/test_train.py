@@ -636,6 +636,12 @@ def test_methods_are_paired(toy_data):
 # ---- bad requests --------------------------------------------------------------------
 
 
+class Nameless(Alone):
+    """A method that decides something and does not say whom it chose."""
+
+    traces = ("chosen",)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -647,6 +653,7 @@ def test_methods_are_paired(toy_data):
         ({"seeds": ()}, "one group of 2"),
         ({"seeds": (1, 1)}, "distinct"),
         ({"method": GD}, "is no method of training: wrap an optimizer in Alone"),
+        ({"method": Nameless(GD)}, "^the traces of .* lack use_l2o"),
         ({"seeds": 3}, r"^seeds must be several, such as \(3,\)"),
         ({"replicas": 0}, "^replicas must be at least 1, not 0"),
         ({"segment": 0}, "^segment must be at least 1, not 0"),

@@ -289,6 +289,10 @@ def test_impossible_meta_trainings_are_refused():
         small(order="second")
     with pytest.raises(ValueError, match="multiple of truncation, not 7 and 3"):
         small(rollout=7)
+    with pytest.raises(ValueError, match="positive multiple of truncation, not 0"):
+        small(rollout=0)
+    with pytest.raises(ValueError, match="at least 2, not 0: its first loss"):
+        small(truncation=0)
     with pytest.raises(ValueError, match="at least 2, not 1: its first loss"):
         small(truncation=1)
     for name, low in (("validate_every", 1), ("validation_seeds", 1), ("seed", 0)):

@@ -43,6 +43,7 @@ def test_scores_are_those_of_separate_runs(toy_data):
     """Each trial is the ordinary run of its candidate, on the tuning's own seeds."""
     work = toy(seeds=2)
     assert work.seeds == (1000, 1001)
+    assert toy(seeds=3).seeds == (1002, 1003, 1004)  # a whole group of three
     scores = scores_of(work)
     assert scores.shape == (2, 6)
     for k, method in enumerate(LADDER):

@@ -36,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"l2olib: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        same = "the same command" + " without --redo" * getattr(args, "redo", False)
-        print(
-            f"l2olib: interrupted; {same} goes on from what was done", file=sys.stderr
+        redo = getattr(args, "redo", False)
+        what = (
+            "a run that had a record still has it, and --redo starts it afresh"
+            if redo
+            else "the same command goes on from what was done"
         )
+        print(f"l2olib: interrupted; {what}", file=sys.stderr)
         return 130
 
 

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STAND_INS = {"images": "digits28", "text": "descriptions-256x16"}
 Device = torch.device | str
 
 
@@ -535,7 +534,7 @@ class _Files:
     needs: tuple[str, ...]  # files and folders below the data folder
     read: Callable[[Path], tuple[Split, Split, int]]
     download: Callable[[Path], None]
-    kind: str = "images"
+    stand_in: str = "digits28"
 
     def missing(self, folder: Path) -> list[str]:
         return [need for need in self.needs if not (folder / need).exists()]
@@ -556,7 +555,7 @@ def _wikitext(vocabulary: int, length: int) -> _Files:
         tuple(f"{_WIKITEXT}/{file}" for file in _WIKITEXT_FILES),
         partial(_read_wikitext, vocabulary, length),
         _download_wikitext,
-        "text",
+        "descriptions-256x16",
     )
 
 
@@ -577,7 +576,11 @@ _FILES = {
         _download_cifar10,
     ),
     _TINY: _Files(
-        "tiny", (f"{_TINY}/train", f"{_TINY}/val"), _read_tiny, _download_tiny
+        "tiny",
+        (f"{_TINY}/train", f"{_TINY}/val"),
+        _read_tiny,
+        _download_tiny,
+        "digits64",
     ),
     f"{_TINY}-32": _Files(
         "tiny", (f"{_TINY}/train", f"{_TINY}/val"), _read_tiny32, _download_tiny
@@ -642,26 +645,25 @@ def _read(
 ) -> tuple[Split, Split, int]:
     source = _FILES[name]
     folders = _folders(root)
-    for folder in folders:
-        if not source.missing(folder):
-            try:
-                return source.read(folder)
-            except _Damaged as error:
-                raise DataError(
-                    f"{error}: delete it and run `python -m l2olib data {name}`"
-                ) from error
     reason = "downloading was not allowed"
-    if download:
-        try:
+    try:
+        for folder in folders:
+            if not source.missing(folder):
+                return source.read(folder)
+        if download:
             return source.read(fetch([name], folders[0]))
-        except _Unobtainable as error:
-            reason = str(error)
+    except _Damaged as error:
+        raise DataError(
+            f"{error}: delete it and run `python -m l2olib data {name}`"
+        ) from error
+    except _Unobtainable as error:
+        reason = str(error)
     needs = ", ".join(source.missing(folders[0]))
     raise DataError(
         f"data set {name!r} is missing ({needs} not in "
         f"{' or '.join(map(str, folders))}; {reason}): run "
         f"`python -m l2olib data {name}`, or put these by hand into {folders[0]}, or "
-        f"ask explicitly for the small stand-in {STAND_INS[source.kind]!r}"
+        f"ask explicitly for the small stand-in {source.stand_in!r}"
     )
 
 
@@ -669,7 +671,8 @@ def fetch(names: Iterable[str] = (), root: str | Path | None = None) -> Path:
     """Write data sets (all that come as files, if none is named) into a data folder.
 
     Unpacks them from a `shared/data` folder beside the repository (or at
-    `L2OLIB_SHARED_DATA`), else downloads them from their publishers with checksums.
+    `L2OLIB_SHARED_DATA`), else downloads them from their publishers (WikiText-2 from
+    PyTorch's examples); what is read is verified by `load`.
     The folder is `root`, else `L2OLIB_DATA`, else the repository's `data/raw`; it is
     returned. Raises DataError for an unknown name and if a data set cannot be had.
     """
@@ -844,7 +847,8 @@ def valid_indices(
     if size > left:
         raise DataError(
             f"{n_c} validation batches of {batch} need {size} unused items, but only "
-            f'{left} of {n} are left: lower n_c or the batch, or use mode="iid"'
+            f"{left} of {n} are left: lower n_c or the batch, or draw with "
+            'replacement, mode "iid" (of a guard: validation="iid")'
         )
     return torch.topk(h, size, largest=False, sorted=True).indices.view(shape)
 

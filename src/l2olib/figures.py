@@ -222,6 +222,8 @@ def progress(arrays: Mapping[str, Any], steps: Any, against: str = "steps") -> A
     arrays: one method's, as `experiments.curves` gives them (``flops`` and measured
     ``seconds`` of a step and seed; where a method changes for good, ``turn``).
     """
+    if against not in AXES:
+        raise ValueError(f"against must be one of {', '.join(AXES)}, not {against!r}")
     if against == "steps":
         return steps
     if against == "work" and "turn" in arrays:

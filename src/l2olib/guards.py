@@ -48,9 +48,11 @@ def finite(state: Any) -> Tensor | bool:
 class Margin:
     """Accept when the mean paired difference is below -``z`` standard errors.
 
-    A wrong acceptance then has a probability of at most about exp(-z^2 / 2) and an
-    expected harm of at most SE / (4 z) (Theorem N of the book; ours). ``z = 0`` is the
-    plain comparison.
+    With a known standard error a wrong acceptance has a probability of at most
+    1 / (1 + z^2), exp(-z^2 / 2) for sub-Gaussian differences, and an expected harm of
+    at most SE / (4 z) (Theorem N of the book; ours). Here it is estimated from the same
+    differences: then only SE / 2 is proved, which rare large ones can come near.
+    ``z = 0`` is the plain comparison.
     """
 
     z: float = 3.0
@@ -78,10 +80,11 @@ class Sequential:
 
     Below: accept; above, or after all ``n_c``: the fallback. ``s`` is the standard
     deviation of one batch's difference, so that the expected harm of a decision is at
-    most s / (2c), or s / (2ec) if differences are sub-Gaussian (Theorem S of the book;
-    ours). The theorem wants the threshold fixed before looking: s = sigma |y - z|
-    with sigma pooled over PAST decisions by a moving average of weight ``memory``
-    (only the first decision must use its own).
+    most s / (2c), or s / (2ec) if differences are sub-Gaussian, for a known s and
+    independent batches, ``validation="iid"`` (Theorem S of the book; ours). The theorem
+    wants the threshold fixed before looking: s = sigma |y - z| with sigma pooled over
+    PAST decisions by a moving average of weight ``memory`` (only the first decision
+    must use its own).
     """
 
     c: float = 3.0
@@ -159,7 +162,7 @@ class LGL2O:
     batches did not use), ``"iid"`` (fresh, with replacement), ``"fixed"`` (one draw for
     the whole run) or ``"full"`` (the whole training set; ``n_c`` is not used).
 
-    What the paper leaves open (chapter 02c-one-at-a-time tries the other readings):
+    What the paper leaves open (chapter 02c-one-at-a-time varies the first):
 
     * ``proposal_state`` after the fallback won: ``"carry"`` the state that the
       losing branch ended with, ``"revert"`` to the decision's start, or ``"reset"``.
@@ -210,6 +213,10 @@ class LGL2O:
                     f"{name} must be one of {', '.join(values)}, "
                     f"not {getattr(self, name)!r}"
                 )
+        if not isinstance(self.test, Margin | Sequential | Coin | None):
+            raise ValueError(
+                f"test must be a Margin, Sequential, Coin or None, not {self.test!r}"
+            )
         if self.test is not None and self.validation == "full":
             raise ValueError(
                 "the full loss has no noise to test: use test=None or other validation"
@@ -293,10 +300,9 @@ class LGL2O:
             )
         y, z = ends["proposal"], ends["fallback"]
         l_y = self.losses(task, y, held_out)
-        l_z, rival = self.bar(task, metas, state, batches, first, z, held_out)
+        l_z, rival, z_ok = self.bar(task, metas, state, batches, first, z, held_out)
         f_y, f_z, delta = l_y.mean(), l_z.mean(), l_y - l_z
         y_ok = f_y.isfinite() & finite(y)
-        z_ok = f_z.isfinite() & finite(z)
         after: State = {}
         more: Trace = {}
         if self.test is None:
@@ -345,9 +351,13 @@ class LGL2O:
         first: tuple[Tensor, Tensor],
         z: Tensor,
         held_out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The losses that the proposal must beat, and where: at the fallback's end."""
-        return self.losses(task, z, held_out), z
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses that the proposal must beat, where, and whether z is finite.
+
+        They are those of the fallback's end z.
+        """
+        losses = self.losses(task, z, held_out)
+        return losses, z, losses.mean().isfinite() & finite(z)
 
     def error(self, delta: Tensor) -> Tensor:
         """Standard error of the mean of ``delta`` (0 for the full loss)."""
@@ -427,7 +437,14 @@ class Lazy(LGL2O):
             )
         if not self.decrease > 0:
             raise ValueError(f"decrease must be positive, not {self.decrease}")
-        memory = self.fallback.init(torch.zeros(1)).keys() - {"step"}
+        if self.radius is not None:
+            raise ValueError(
+                "a lazy guard does not know how far a fallback goes that it did not "
+                "run: leave radius None"
+            )
+        layout = getattr(self.fallback, "layout", None)
+        start = torch.zeros(layout.n if layout else 1)
+        memory = self.fallback.init(start).keys() - {"step"}
         if memory and self.fallback_state == "keep":
             raise ValueError(
                 "a lazy guard has no state of a fallback that it did not run: with a "
@@ -443,10 +460,11 @@ class Lazy(LGL2O):
         first: tuple[Tensor, Tensor],
         z: Tensor,
         held_out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses at the current point, less the decrease that is asked for.
 
-        These are what the trace ``valid_fallback`` of a lazy guard shows.
+        These are what the trace ``valid_fallback`` of a lazy guard shows. Whether z
+        counts as finite is not for its loss to say, at which nobody looks.
         """
         x, loss, grad = state["params"], *first
         step, _ = self.fallback.update(
@@ -454,7 +472,7 @@ class Lazy(LGL2O):
         )
         promised = -(task.loss_and_grad(x, batches[1])[1] @ step)
         asked = self.decrease * promised.clamp(min=0)
-        return self.losses(task, x, held_out) - asked, x
+        return self.losses(task, x, held_out) - asked, x, z.isfinite().all()
 
     def cost(
         self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
@@ -480,7 +498,8 @@ class Shadow(LGL2O):
     optimizer is better for n_t steps, again and again, may still be a bad one (the
     book, Spirals). The shadow s is the fallback from x^1, on the same batches, never
     moved by anything else. After each decision of the guard x+ stays only if it beats
-    s on the decision's validation batches, by the same ``test``; else x becomes s.
+    s on the decision's validation batches, by the same ``test``; else x becomes s, the
+    fallback takes over the state of the shadow's, and the proposal has lost.
 
     With the full loss therefore f(x^k) <= f(s^k) at every decision: the guarded run is
     never worse than its fallback ALONE, for any optimizers and any f. With a noisy
@@ -661,8 +680,9 @@ class GL2O:
     Otherwise the fallback steps from x. One decision a step, one extra gradient, at y,
     which must wait for the proposal.
 
-    For mini-batch training LGL2O (section 3) fixes fallback, norm over all weights and
-    a decision each step; open details are arguments:
+    For mini-batch training LGL2O (section 3) fixes the fallback and one decision a step
+    for all weights; the norm over all of them is our reading, other open details are
+    arguments:
 
     * ``scaled``: S includes the learning rate, or is the gradient alone.
     * ``fresh``: the residual's batch is the step's own, or a fresh one.
@@ -722,6 +742,12 @@ class GL2O:
         valid: Tensor | None,
     ) -> tuple[State, Trace]:
         """Take ``len(train)`` steps; the trace holds loss, choice, residual and bar."""
+        given = None if valid is None else tuple(valid.shape[:2])
+        if given != (needed := (len(train), 1) if self.fresh else None):
+            raise ValueError(
+                f"a segment of {len(train)} steps with fresh={self.fresh} takes "
+                f"validation batches {needed} (steps, 1), not {given}"
+            )
         traces = []
         for i, batch in enumerate(train):
             other = batch if valid is None else valid[i, 0]

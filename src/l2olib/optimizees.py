@@ -593,7 +593,7 @@ class Task:
         return value, grad
 
     def full_loss(self, params: Tensor) -> Tensor:
-        """Loss over the whole training set."""
+        """Mean loss over the training set (or ``sample`` items of it), float64."""
         return self._over(self.data.train, params, self.optimizee.losses)
 
     def test_loss(self, params: Tensor) -> Tensor:

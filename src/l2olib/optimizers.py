@@ -179,7 +179,8 @@ class Adam(_HandCrafted):
     """Adam (Kingma & Ba 2015) with bias correction, as ``torch.optim.Adam``.
 
     ``count`` (bias correction) belongs to the moments and goes back with them when a
-    guard restores them; ``step`` is the schedule's clock and does not.
+    guard restores them; ``step`` is the schedule's clock, which a guard may let run on
+    (LGL2O's ``clock``).
     """
 
     beta1: float = 0.9
@@ -311,7 +312,8 @@ class Held(Wrapped):
     """An optimizer under which weights without a gradient stay where they are.
 
     A weight moves for ``patience`` steps from its last gradient that is not exactly
-    zero, that step included, and then no more until it has one again. Ours: a learned
+    zero, that step included, and then no more until it has one again (one that never
+    had any: for the first ``patience`` - 1 steps). Ours: a learned
     optimizer may let such weights grow (see :class:`l2olib.spectra.Idle`). The
     optimizer itself goes on with its own memory.
     """
@@ -346,8 +348,8 @@ class Held(Wrapped):
 class StoppedClock(Wrapped):
     """An optimizer to which every step after the first ``at`` is the same step.
 
-    What it reads of the number of the step stays within what it has met in unrolls of
-    so many steps. Ours.
+    What it reads of the number of the step, which begins at 0, stays within what it has
+    met in unrolls of ``at`` + 1 steps. Ours.
     """
 
     at: int
@@ -365,5 +367,7 @@ class StoppedClock(Wrapped):
         *,
         loss: Tensor | None = None,
     ) -> tuple[Tensor, State]:
+        if "step" not in state:
+            raise ValueError(f"{self.optimizer!r} reads no clock that could be stopped")
         state = state | {"step": state["step"].clamp(max=self.at)}
         return self.optimizer.update(meta, grad, state, params, loss=loss)

@@ -250,8 +250,8 @@ class _Signs:
             base, exponent = expression.args
             if exponent.is_integer and exponent.is_even and not strict:
                 return bool(base.is_real)
-            positive = self.holds(base, strict=True)
-            return positive or (
+            positive = exponent.is_extended_real and self.holds(base, strict=True)
+            return bool(positive) or (
                 not strict and exponent.is_positive and self.holds(base, strict=False)
             )
         if isinstance(expression, sp.Mul):
@@ -426,6 +426,7 @@ class Recurrence:
         )
         n = term.args[0]
         _require(n.is_Symbol, "needs u(n) on the left")
+        _require(bool(self.start), "needs a start")
         for k, value in self.start.items():
             _require(is_zero(statement.rhs.subs(n, k) - value), f"wrong start at {k}")
 

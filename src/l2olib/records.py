@@ -31,7 +31,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .data import find_root
+from .data import DataError, find_root
 
 Arrays = dict[str, Tensor]
 
@@ -191,7 +191,7 @@ def short(path: Path) -> str:
     """Name a file as seen from the repository's root, where it is below it."""
     try:
         return str(path.resolve().relative_to(find_root().resolve()))
-    except ValueError:
+    except (ValueError, DataError):
         return str(path)
 
 
@@ -269,7 +269,7 @@ def source_digest() -> str:
 
 @cache
 def commit() -> str:
-    """The git commit (12 digits, ``+`` when ``src`` differs from it), or ``?``."""
+    """The git commit (12 digits, ``+`` when files of ``src`` differ), or ``?``."""
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -282,7 +282,7 @@ def commit() -> str:
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", "src")
         return git("rev-parse", "HEAD")[:12] + ("+" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError, DataError):
         return "?"
 
 

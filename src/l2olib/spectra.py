@@ -108,7 +108,7 @@ def ritz_values(
         if not vector.isfinite().all():
             raise ValueError(
                 "the step has no derivative here: choose an optimizer without square "
-                "roots of zero, such as Adam with a positive eps_root"
+                "roots of zero, such as AdamW with a positive eps_root"
             )
         length = vector.norm()
         for _ in range(2):  # once more, against what rounding left

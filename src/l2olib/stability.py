@@ -50,7 +50,8 @@ def spectral_radius(dynamics: Tensor) -> Tensor:
 def solve_lyapunov(dynamics: Tensor, source: Tensor) -> Tensor:
     """Solve X = A X A' + Q for X [..., n, n] by the Kronecker system.
 
-    Unique where no two eigenvalues of A multiply to 1. Costs O(n^6): for small n.
+    Unique where no two eigenvalues of A multiply to 1; elsewhere the result is NaN or
+    nonsense, and nothing is raised. Costs O(n^6): for small n.
     """
     n = dynamics.shape[-1]
     kron = torch.einsum("...ik,...jl->...ijkl", dynamics, dynamics)
@@ -175,7 +176,7 @@ class NoisyQuadratic:
             L(T) = (1/2) [tr H (Sigma + S) + (1/T) tr X_T (start - S)]
 
         The identity needs no stability, only that no two eigenvalues of A multiply
-        to 1 (otherwise use `step_losses`). `start` as there.
+        to 1 (otherwise the result means nothing: use `step_losses`). `start` as there.
         """
         stationary = solve_lyapunov(dynamics, self._injected(dynamics))
         observed = solve_lyapunov(dynamics.mT, dynamics.mT @ self.hessian @ dynamics)
@@ -278,12 +279,13 @@ class NoisyQuadratic:
         *,
         preconditioning: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Return the two margins of Theorem 27A; stable if both are >= 0.
+        """Return the two margins of Theorem 27A: rho(A) <= 1 if both are >= 0.
 
         For symmetric P [..., n, n]: lambda_min(P) + alpha, which is (9), and
         2 / lambda_max(H)^(1-q) - alpha - lambda_max(P), which is (10) at q = 0 and
         (13) at q = 1/2. Lemma 29A: with a P that commutes with every diagonal error
-        in (0, d] and alpha > 0, the margins of d P are those of (16), (17).
+        in (0, d] and 0 < alpha < 2 / lambda_max(H), the margins of d P are those of
+        (16), (17). With noise the loss is bounded only if the second is > 0.
         Raises ValueError for a non-symmetric P, for which the theorem is false.
         """
         values = torch.linalg.eigvalsh(_symmetric(blackbox, "P"))

@@ -60,9 +60,10 @@ def repeatable() -> None:
 def keep_memory() -> None:
     """Let this process keep the memory that it frees (with glibc; else do nothing).
 
-    By default blocks of some megabytes go back to the kernel when they are freed and
-    are fetched again, page by page, for the next tensor: up to half the time of an
-    LSTM update without compilation (``benchmarks/speed.md``).
+    Blocks of some megabytes otherwise go back to the kernel when they are freed and are
+    fetched again, page by page, for the next tensor: up to half the time of an LSTM
+    update without compilation where everything above 128 KiB goes back
+    (``benchmarks/speed.md``), less with glibc's default, which adapts.
     """
     mallopt = (
         getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -334,7 +335,11 @@ class Method(Protocol):
 
     @property
     def traces(self) -> tuple[str, ...]:
-        """What a segment's trace holds for each decision (none: nothing is decided)."""
+        """What a segment's trace holds for each decision (none: nothing is decided).
+
+        If anything, ``use_l2o`` is among it, and the trace also has ``candidates``
+        ``[2, n]``, proposal and fallback of its last decision, for audits.
+        """
         ...
 
     @property
@@ -459,7 +464,7 @@ class Training:
     ``replicas`` seeds, ``replicas * k ... replicas * (k + 1) - 1``, which is always
     computed whole: a seed has the same bits whichever of its neighbours are asked for.
     ``weights`` names the meta-trained weights of the learned optimizers by role;
-    ``digests`` are filled in from those files and are what enters the record.
+    ``digests`` are filled in from those files. Both enter the record.
 
     ``segment`` inner steps are the unit of checkpoints. Held-out and full-data losses
     are taken at about ``evaluations`` log-spaced segment ends; an audit of a guard's
@@ -492,6 +497,11 @@ class Training:
                 raise ValueError(
                     f"{name} must be at least {low}, not {getattr(self, name)}"
                 )
+        traces = getattr(self.method, "traces", ())  # what a search chooses comes later
+        if traces and "use_l2o" not in traces:
+            raise ValueError(
+                f"the traces of {self.method!r} lack use_l2o, which says who was chosen"
+            )
         if self.steps < 1 or self.steps % self.segment:
             raise ValueError(
                 f"steps must be a positive multiple of the segment, {self.segment}, "

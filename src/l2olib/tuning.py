@@ -307,7 +307,7 @@ def tuned(
 
     ``setting`` are the arguments of :class:`~l2olib.train.Training` for the trials.
     """
-    first = FIRST_SEED // seeds * seeds
+    first = -(-FIRST_SEED // seeds) * seeds  # a group of so many begins there
     tuning = Tuning(
         method=candidates[0],
         candidates=tuple(candidates),

@@ -1,9 +1,10 @@
 """The ledger of claims: what a paper says, the test of it, the verdict from records.
 
-A test is a small declarative object; its hash enters the provenance of every record
-it reads, so a test written or changed after its record shows as *post hoc*. Nobody
-types a verdict: :func:`judge` computes it. Words ("diverges", "not worse", ...) are
-defined by the project's protocol and repeated on the classes below.
+A test is a small declarative object; a hash of those of a row enters the provenance of
+every record that they read, so a test written or changed after its record shows as
+*post hoc*. Nobody types a verdict: :func:`judge` computes it. Words ("diverges", "not
+worse", ...) are defined by the project's protocol and repeated on the classes of
+``kinds``.
 
 Curves are what :func:`l2olib.experiments.curves` makes of an experiment's records:
 a dict from a method's name to arrays whose first axis is the seed.

@@ -1248,7 +1248,7 @@ def _firsts(curves: Curves, methods: Iterable[str], bar: float) -> dict[str, Ten
 
 
 def fails(arrays: Arrays) -> Tensor:
-    """Which seeds diverge, or end above the loss that they began with (bool ``[R]``).
+    """Which seeds diverge, or end 10% above the loss that they began with (``[R]``).
 
     The second is not divergence as the protocol has it, which looks from
     ``BURN_IN`` on: a run that explodes in its first steps and stays there.

@@ -12,7 +12,7 @@ from .kinds import ALPHA, Curves, NotRecorded, NotTestable, Outcome, holm
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the ledger. All its tests must pass for "reproduced"."""
+    """A row of the ledger. "Reproduced": all tests pass, its adjusted p < 0.05."""
 
     id: str
     chapter: str

@@ -430,7 +430,7 @@ CONVEX_RATE = 1.0
 def _convex(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     """Softmax regression with the whole of Moons as its batch: convex, without noise.
 
-    There the guards' theorems apply.
+    There the bound of each decision and GL2O's theorem apply.
     """
     setting: dict[str, Any] = {
         "optimizee": MLP((2, 2)),
@@ -505,7 +505,8 @@ def _ablations(
     """One factor at a time from a figure's LGL2O. ``smoke``: all that is left there.
 
     With n_t or n_c of 100 batches are ``iid``: Circles has too few items for disjoint
-    ones (Conv3's MNIST would have enough; "iid" is the control for that)."""
+    ones (Conv3's MNIST would have enough). "iid" is the control for that, on Circles
+    only."""
     figure = FIGURES[name]
     default = lgl2o_methods(**figure.options)["LGL2O"]
     rate = default.fallback.lr.lr0
@@ -722,7 +723,7 @@ ENTRIES = [
     ),
     Experiment(
         "lgl2o.convex",
-        "Softmax regression on Moons, whole batches: the guards' theory applies",
+        "Softmax regression on Moons, whole batches: convex and without noise",
         "04-gradient-guard",
         _convex,
     ),

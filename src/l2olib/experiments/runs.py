@@ -412,7 +412,9 @@ def table() -> str:
 
 
 def hours(seconds: float) -> str:
-    """A duration to two digits, in minutes or hours."""
+    """A duration to two digits at least, in minutes or hours."""
+    if seconds >= 360_000:
+        return f"{seconds / 3600:,.0f} h"
     return f"{seconds / 3600:.2g} h" if seconds >= 3600 else f"{seconds / 60:.2g} min"
 
 
@@ -472,14 +474,15 @@ def _waiting(runs: Iterable[Run]) -> list[str]:
 def pending(experiment: str, profile: str) -> str:
     """A sentence on what has no record yet (their number if many); "" if all have.
 
-    At other profiles than ``record``: on what cannot be computed for want of weights.
+    At other profiles than ``record``: on what cannot be computed for want of weights,
+    or of a search that chooses its settings.
     """
     (entry,) = find(experiment)
     if profile not in ("record", *entry.profiles):
         return f"Only at profile {' or '.join(entry.profiles)}."
     if profile != "record":
         found = dict.fromkeys(r.label for r in entry.runs(profile) if _needs(r))
-        return f"Not meta-trained yet: {'; '.join(found)}." if found else ""
+        return f"Wanting weights or a search: {'; '.join(found)}." if found else ""
     runs = entry.runs(_recorded(entry))
     waiting = _waiting(runs)
     if len(waiting) > 8:
@@ -611,7 +614,7 @@ def trainings(
 ) -> Iterable[tuple[str, Training]]:
     """One work for each method and replica group; learned roles take ``weights``.
 
-    The seeds are ``first``, ``first + 1``, ... (a whole number of groups).
+    The seeds are ``first``, ``first + 1``, ... (``first``: a multiple of ``replicas``).
     """
     replicas = setting.get("replicas", 1)
     for label, method in methods.items():

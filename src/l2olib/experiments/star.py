@@ -197,8 +197,8 @@ def star_training(
     """Meta-train a variant as in STAR, section 5, by PES as in the reference code.
 
     The offset of the pairs' restarts (the code has it, the paper does not say) and four
-    pairs are ours. Deviation: all 60,000 training images, where the reference holds
-    12,000 back.
+    pairs are ours. Deviation: all training images, where the reference holds a fifth
+    back.
     """
     networks = NETWORKS[network]
     setting = {
@@ -218,8 +218,8 @@ ESTIMATORS: dict[str, Any] = {
     "truncated ES": PES(4, 50, 500, offset=500, accumulate=False),
     "back-propagation": BackPropagation(3, 50, 500, offset=500),
 }
-"""Estimators of equal cost: eight unrolls forward take as many operations as three that
-are also differentiated."""
+"""Estimators of about equal work: eight unrolls forward, or three that are also
+differentiated, each counted three times. In time back-propagation takes longer."""
 ESTIMATED = ("STAR 0", "Blackbox")
 
 

@@ -53,6 +53,15 @@ class LSTMOptimizer:
     p: float = 10.0
     scale: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, not {getattr(self, name)}"
+                )
+        if not 0 < self.p <= 88:  # exp(p) is a number in float32
+            raise ValueError(f"p must be above 0 and at most 88, not {self.p}")
+
     @property
     def inputs(self) -> tuple[int, ...]:
         """Input features of each layer."""

@@ -14,8 +14,8 @@ where d, q, n, z are the heads of the network and c1, c2, c3 are ``exp_mult``. B
 has B alone, Hyperparam G alone, STAR both: they are settings of ONE dataclass.
 
 Unlike a coordinate-wise LSTM the network needs to know the tensors: it keeps
-Adafactor's row and column averages of squared gradients, and divides every feature by
-its root mean square over the tensor. So the optimizer holds a
+Adafactor's row and column averages of squared gradients, and divides every feature but
+those of time by its root mean square over the tensor. So the optimizer holds a
 :class:`~l2olib.optimizees.Layout`, whose shapes are in (in, out) order, that of the
 reference code: which axis is a row is decided by sizes and, among equal ones, by
 position, so (out, in) would swap rows and columns of square layers. The layout says
@@ -217,6 +217,14 @@ def features(
     }
 
 
+def _check_size(layout: Layout, params: Tensor) -> None:
+    if params.shape[-1] != layout.n:
+        raise ValueError(
+            f"the optimizer was built for {layout.n} parameters, not "
+            f"{params.shape[-1]}: give it the layout of its optimizee"
+        )
+
+
 # ---- the optimizers ------------------------------------------------------------------
 
 
@@ -294,12 +302,8 @@ class MLPOptimizer:
 
     def init(self, params: Tensor) -> State:
         """Start at ``params [n]``; ValueError unless ``n`` is that of the layout."""
+        _check_size(self.layout, params)
         n = params.shape[-1]
-        if n != self.layout.n:
-            raise ValueError(
-                f"the optimizer was built for {self.layout.n} parameters, not {n}: "
-                "give it the layout of its optimizee"
-            )
         return {
             "m": params.new_zeros(3, n),
             "r": params.new_zeros(n),
@@ -411,8 +415,9 @@ def blackbox(layout: Layout) -> MLPOptimizer:
 def star(layout: Layout, step_mult: float = 1e-3) -> MLPOptimizer:
     """STAR with the settings of the paper (section 5.2, App. B.2): 207 meta-parameters.
 
-    ``step_mult`` is the paper's beta3, whose value it leaves open: at 1e-3, the default
-    of the reference, a random initialisation takes violent steps; at 1e-5 it does not.
+    ``step_mult`` is the paper's beta3. By App. B.2 and the reference's default it is
+    1e-3, at which a random initialisation takes violent steps; by section 5.2 it makes
+    up for the preconditioner: at 1e-5 it does not. So it counts as open here.
     """
     return MLPOptimizer(
         layout,
@@ -435,7 +440,7 @@ def hyperparam(layout: Layout) -> MLPOptimizer:
 
 @dataclass(frozen=True)
 class MomentumMLP:
-    """The larger per-parameter MLP of Metz et al. 2020 (MLPLOpt of the reference code).
+    """The larger per-parameter MLP of Metz et al. 2019 (MLPLOpt of the reference code).
 
     Features are gradient, parameter and momenta of six fixed decays; 32-32 hidden
     units, 1,762 meta-parameters; steps as Blackbox. State: ``m [6, n]``, ``step``.
@@ -452,6 +457,7 @@ class MomentumMLP:
         return init_network((inputs, self.hidden, self.hidden, 2), seed)
 
     def init(self, params: Tensor) -> State:
+        _check_size(self.layout, params)
         return {
             "m": params.new_zeros(len(self.decays), params.shape[-1]),
             "step": torch.zeros((), dtype=torch.int64, device=params.device),

@@ -27,6 +27,12 @@ class LearnableSGD:
     lr: float = 0.01
     momentum: float | None = None
 
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, not {self.lr}")
+        if self.momentum is not None and not self.momentum < 1:
+            raise ValueError(f"momentum must be below 1, not {self.momentum}")
+
     def init_meta(self, seed: int) -> Meta:
         meta = {"log_lr": torch.tensor([math.log(self.lr)])}
         if self.momentum is not None:

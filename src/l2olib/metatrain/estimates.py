@@ -152,6 +152,8 @@ class EstimateStatistics:
                 "pairs go through an unroll together: use a horizon that is a multiple "
                 f"of the truncation, not {e.horizon} and {e.truncation}, and no offset"
             )
+        if e.pairs < 2:
+            raise ValueError("a variance takes at least 2 pairs, not 1")
 
     def seconds(self) -> float:
         e = self.estimator
@@ -368,6 +370,10 @@ class RateTraining:
             raise ValueError(
                 "runs restart together, at the end of a truncation: use a horizon that "
                 "is a multiple of it, free resets and no offset"
+            )
+        if self.steps < e.truncation:
+            raise ValueError(
+                f"steps must be at least a truncation, {e.truncation}, not {self.steps}"
             )
         if self.by not in ("evolution", "back-propagation"):
             raise ValueError(

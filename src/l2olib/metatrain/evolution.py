@@ -340,7 +340,7 @@ class Evolution(MetaWork):
     clipped to +-``clip`` and set to zero where not finite. The meta-loss is the
     mini-batch loss before each inner step, cut off at ``ceiling`` times ln(classes)
     (and there, too, where not finite) unless ``ceiling`` is None. STAR, section 5 and
-    App. B, and its reference code; ``batch`` 128, ``iterations`` and pairs are ours.
+    App. B, and its reference code; ``iterations`` and pairs are ours.
 
     Pairs are computed in vectorised groups of ``group`` (or all, if fewer). Under
     ``torchrun`` the ranks take whole groups in turn: the result is that of one process.

@@ -322,6 +322,13 @@ class QuadraticMetaTraining:
     hessian: Matrix = HESSIAN
     weight_decay: float = later(0.0)
 
+    def __post_init__(self) -> None:
+        for name in ("iterations", "horizon", "pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, not {getattr(self, name)}"
+                )
+
     def seconds(self) -> float:
         return 2.4e-5 * self.horizon * self.iterations
 

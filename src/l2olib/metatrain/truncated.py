@@ -182,13 +182,13 @@ class MetaTraining(MetaWork):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rollout % self.truncation:
-            raise ValueError(
-                f"rollout must be a multiple of truncation, not {self.rollout} "
-                f"and {self.truncation}"
-            )
         if self.truncation < 2:
             raise ValueError(too_short(self.truncation))
+        if self.rollout < 1 or self.rollout % self.truncation:
+            raise ValueError(
+                "rollout must be a positive multiple of truncation, not "
+                f"{self.rollout} and {self.truncation}"
+            )
         if self.patience is not None and self.patience < 1:
             raise ValueError(
                 f"patience must be None or at least 1, not {self.patience}"
