@@ -12,9 +12,9 @@ steps of its proof::
     with_gradient_step.identity("1.b", "Insert the step", eq(lhs, rhs))
     with_gradient_step.proof()
 
-Every step but :meth:`Theorem.prose` holds a *statement*, the SymPy relation that is
-both typeset and checked, and a *certificate* that is fixed when the step is written
-and never derived from the statement. A step is checked when it is declared; a
+Every step but :meth:`Theorem.prose` and :meth:`Theorem.measured` holds a *statement*,
+the SymPy relation that is both typeset and checked, and a *certificate* that is fixed
+when the step is written and never derived from the statement. A step is checked when it is declared; a
 statement that the certificate does not prove raises :class:`ProofError`. The check
 covers the statement alone: a relation in the words beside it is marked as prose.
 

@@ -303,7 +303,7 @@ class QuadraticMetaTraining:
     An estimate is the mean of ``pairs`` antithetic pairs over runs of ``horizon`` steps
     from phi_0 ~ N(0, spread I): PES whose truncation is the horizon. Its entries are
     clipped to +-``clip``; AdamW at ``meta_lr`` with ``weight_decay`` on P follows. P
-    starts with entries N(0, ``init``^2). STAR, App. D; ``meta_lr``, ``weight_decay``,
+    starts with entries N(0, ``init``^2). STAR, Fig. 2c; ``meta_lr``, ``weight_decay``,
     ``pairs`` and ``init`` are ours.
     """
 

@@ -162,8 +162,8 @@ class MetaTraining(MetaWork):
     with Adam at ``meta_lr``. Every ``validate_every`` rollouts the optimizer trains
     ``validation_seeds`` fixed optimizees for ``rollout`` steps; the meta-parameters of
     lowest mean loss are the result. Training ends early when ``patience`` rollouts have
-    brought no better ones. Meta-parameters are also kept after
-    ``snapshots(rollouts)`` rollouts, so that a learning curve can be evaluated later.
+    brought no better ones. Meta-parameters are also kept after those rollouts that
+    ``snapshots()`` lists, so that a learning curve can be evaluated later.
     """
 
     optimizer: Optimizer
