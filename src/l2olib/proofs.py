@@ -14,9 +14,10 @@ steps of its proof::
 
 Every step but :meth:`Theorem.prose` and :meth:`Theorem.measured` holds a *statement*,
 the SymPy relation that is both typeset and checked, and a *certificate* that is fixed
-when the step is written and never derived from the statement. A step is checked when it is declared; a
-statement that the certificate does not prove raises :class:`ProofError`. The check
-covers the statement alone: a relation in the words beside it is marked as prose.
+when the step is written and never derived from the statement. A step is checked when it
+is declared; a statement that the certificate does not prove raises :class:`ProofError`.
+The check covers the statement alone: a relation in the words beside it is marked as
+prose.
 
 Cells that declare theorems carry the tag ``proof`` and depend only on cells with that
 tag, so that :func:`load` can run them without the simulations of the chapter: the
