@@ -760,8 +760,8 @@ def test_missing_data_says_what_to_do(fresh: Path, name: str) -> None:
     assert f"python -m l2olib data {name}" in said
     assert str(fresh / "from-env") in said
     assert str(fresh / "repository" / "data" / "raw") in said
-    stand_in = "descriptions-256x16" if name in TEXTS else "digits28"
-    stand_in = "digits64" if name == data._TINY else stand_in
+    texts = dict.fromkeys(TEXTS, "descriptions-256x16")
+    stand_in = (texts | {data._TINY: "digits64"}).get(name, "digits28")
     assert f"{stand_in!r}" in said and "\n" not in said
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .optimizees import Task
-from .optimizers import Meta, Optimizer, State
+from .optimizers import Meta, Optimizer, State, check_least
 from .records import later
 from .train import Cost, Trace, inner_steps
 
@@ -196,11 +196,7 @@ class LGL2O:
     also: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for name in ("n_t", "n_c"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, not {getattr(self, name)}"
-                )
+        check_least(self, n_t=1, n_c=1)
         allowed = {
             "validation": ("disjoint", "iid", "fixed", "full"),
             "proposal_state": ("carry", "revert", "reset"),
@@ -654,8 +650,7 @@ class RecentMax:
     m: int = 30
 
     def __post_init__(self) -> None:
-        if self.m < 1:
-            raise ValueError(f"m must be at least 1, not {self.m}")
+        check_least(self, m=1)
 
     def init(self, bar: Tensor) -> State:
         return {"bar": bar, "last": bar.expand(self.m).clone()}
@@ -833,8 +828,7 @@ class Switch:
     at: int = 100
 
     def __post_init__(self) -> None:
-        if self.at < 1:
-            raise ValueError(f"at must be at least 1, not {self.at}")
+        check_least(self, at=1)
 
     @property
     def interval(self) -> int:

@@ -51,6 +51,14 @@ def _count(params: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=params.device)
 
 
+def check_least(config: Any, **lowest: int) -> None:
+    """Refuse a configuration of which a field is below its ``lowest`` value."""
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, not {value}")
+
+
 def _check_rate(rate: float) -> None:
     if not rate >= 0:
         raise ValueError(f"a learning rate must be at least 0, not {rate}")
@@ -98,8 +106,7 @@ class CosineDecay:
 
     def __post_init__(self) -> None:
         _check_rate(self.lr0)
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        check_least(self, steps=1)
         if not (0 <= self.hold < 1 and 0 <= self.warmup <= 1):
             raise ValueError(
                 "hold must lie in [0, 1) and warmup in [0, 1], not "
@@ -355,8 +362,7 @@ class StoppedClock(Wrapped):
     at: int
 
     def __post_init__(self) -> None:
-        if self.at < 0:
-            raise ValueError(f"at must be at least 0, not {self.at}")
+        check_least(self, at=0)
 
     def update(
         self,

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from . import records
 from .data import DataError, load, train_indices, valid_indices
 from .optimizees import Task, check_built_for
-from .optimizers import Meta, Optimizer, State
+from .optimizers import Meta, Optimizer, State, check_least
 
 RATE, OVERHEAD = 1.6e10, 6e-4
 """FLOP a second and seconds a step of one CPU core, to estimate the cost of a run."""
@@ -452,9 +452,6 @@ def log_spaced(first: int, last: int, count: int, step: int = 1) -> list[int]:
     return sorted({p for p in points if first <= p <= last} | {first, last})
 
 
-_LOWEST = {"replicas": 1, "segment": 1, "evaluations": 1, "audit_every": 0, "sample": 0}
-
-
 @dataclass(frozen=True)
 class Training:
     """Everything that determines one run: a method on an optimizee, for a group of
@@ -492,11 +489,7 @@ class Training:
             raise ValueError(
                 f"{self.method!r} is no method of training: wrap an optimizer in Alone"
             )
-        for name, low in _LOWEST.items():
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"{name} must be at least {low}, not {getattr(self, name)}"
-                )
+        check_least(self, replicas=1, segment=1, evaluations=1, audit_every=0, sample=0)
         traces = getattr(self.method, "traces", ())  # what a search chooses comes later
         if traces and "use_l2o" not in traces:
             raise ValueError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..optimizers import Meta, State
+from ..optimizers import Meta, State, check_least
 
 
 def log_and_sign(grad: Tensor, p: float) -> Tensor:
@@ -54,11 +54,7 @@ class LSTMOptimizer:
     scale: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, not {getattr(self, name)}"
-                )
+        check_least(self, hidden=1, layers=1)
         if not 0 < self.p <= 88:  # exp(p) is a number in float32
             raise ValueError(f"p must be above 0 and at most 88, not {self.p}")
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..optimizers import AdamW, State, constant
+from ..optimizers import AdamW, State, check_least, constant
 from ..records import later
 from ..stability import NoisyQuadratic, spectral_radius
 from ..train import log_spaced
@@ -323,11 +323,7 @@ class QuadraticMetaTraining:
     weight_decay: float = later(0.0)
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "horizon", "pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, not {getattr(self, name)}"
-                )
+        check_least(self, iterations=1, horizon=1, pairs=1)
 
     def seconds(self) -> float:
         return 2.4e-5 * self.horizon * self.iterations

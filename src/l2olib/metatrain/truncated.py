@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..data import load, train_indices
 from ..optimizees import Layout, Task, check_built_for
-from ..optimizers import Adam, Meta, Optimizer, State, constant
+from ..optimizers import Adam, Meta, Optimizer, State, check_least, constant
 from ..records import later
 from ..train import OVERHEAD, RATE, accelerated, compiled, inner_steps
 
@@ -122,16 +122,8 @@ class MetaWork:
 
     def __post_init__(self) -> None:
         """Check what all meta-trainings share: ValueError."""
-        for name, low in (
-            ("seed", 0),  # others are those of trainings and validations
-            ("rollouts", 0),
-            ("validate_every", 1),
-            ("validation_seeds", 1),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"{name} must be at least {low}, not {getattr(self, name)}"
-                )
+        # seeds below 0 are those of trainings and validations
+        check_least(self, seed=0, rollouts=0, validate_every=1, validation_seeds=1)
         if not 0 < self.meta_lr < math.inf:
             raise ValueError(f"meta_lr must be positive, not {self.meta_lr}")
 
