@@ -351,6 +351,38 @@ ROWS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "S33",
+        _BEYOND,
+        "ours, on S24; written before these runs",
+        "The guard's worth is in its choice: with a fair coin in its place the loss "
+        "ends higher, of STAR as of Blackbox",
+        tuple(
+            Lower(_GUARDED, f"LGL2O of {name}", f"coin of {name}", (9_000, 10_000))
+            for name in ("STAR 0.5", "Blackbox")
+        ),
+    ),
+    Claim(
+        "S34",
+        _BEYOND,
+        "ours, on S24; written before these runs",
+        "Who hands over to Adam at the horizon has, of Blackbox, what the guard has or "
+        "better; of STAR the guard ends lower",
+        (
+            NotWorse(
+                _GUARDED,
+                "Blackbox then Adam",
+                "LGL2O of Blackbox",
+                (9_000, 10_000),
+            ),
+            Lower(
+                _GUARDED,
+                "LGL2O of STAR 0.5",
+                "STAR 0.5 then Adam",
+                (9_000, 10_000),
+            ),
+        ),
+    ),
+    Claim(
         "S25",
         _BEYOND,
         "ours; written when one seed of STAR 0.1 had been looked at",

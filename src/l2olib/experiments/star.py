@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..data import load
-from ..guards import LGL2O
+from ..guards import LGL2O, Coin, Switch
 from ..learned.mlp import Direction, MLPOptimizer, blackbox, hyperparam, star
 from ..metatrain.estimates import EstimateStatistics, NetworkEstimates, RateTraining
 from ..metatrain.evolution import PES, BackPropagation, Evolution, es
@@ -597,7 +597,11 @@ def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
 
 
 def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
-    """Does an optimizer that is stable by design need a guard? Over Adam at 0.001."""
+    """Does an optimizer that is stable by design need a guard? Over Adam at 0.001.
+
+    A coin mixes the two without a choice; another control hands over to Adam at the
+    horizon of the meta-training.
+    """
     smoke = profile == "smoke"
     setting = STAR_TEST[profile] | {"steps": 100 if smoke else 10_000}
     setting |= {"sample": 32 if smoke else 2_000}
@@ -607,7 +611,13 @@ def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str,
     for variant in ("STAR 0.5", "Blackbox"):
         of = star_training(profile, variant)
         guard = LGL2O(of.optimizer, adam.optimizer)
-        methods = {variant: Alone(of.optimizer), f"LGL2O of {variant}": guard}
+        horizon = Switch(of.optimizer, adam.optimizer, 50 if smoke else 2_000)
+        methods = {
+            variant: Alone(of.optimizer),
+            f"LGL2O of {variant}": guard,
+            f"coin of {variant}": replace(guard, test=Coin()),
+            f"{variant} then Adam": horizon,
+        }
         weights = star_weights("mlp", variant, 0, profile) + BEST
         same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
         yield from trainings(methods, weights, **same, **setting)
