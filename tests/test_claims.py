@@ -39,6 +39,7 @@ from l2olib.claims.kinds import (
     IdleHarm,
     Inside,
     KeepsBetter,
+    Larger,
     Later,
     Learns,
     Less,
@@ -569,6 +570,28 @@ def test_idle_weights_that_grow_or_harm():
         assert found == {k: k in ("all", "most") for k in curves}
         absent = {k: kind("f", k, False)(curves).passed for k in curves}
         assert absent == {k: k not in ("all", "most", "some") for k in curves}
+
+
+def test_weights_that_end_larger():
+    def arrays(*totals):
+        """Two tensors at two marks; at the first they are huge."""
+        last = torch.tensor(totals)[:, None] * torch.tensor([0.6, 0.8])
+        return {"norms": torch.stack([torch.full_like(last, 1e6), last], 1)}
+
+    inf, nan = math.inf, math.nan
+    curves = {
+        "reference": arrays(1.0, 2.0, 3.0, 4.0, 5.0),
+        "all": arrays(3.1, 6.1, 9.1, 12.1, 15.1),
+        "most": arrays(3.1, 6.1, nan, inf, 14.9),
+        "some": arrays(3.1, 6.1, 9.1, 11.9, 14.9),
+        "none": arrays(2.9, 5.9, 8.9, 11.9, 14.9),
+    }
+    found = {k: Larger("f", k, "reference")(curves).passed for k in curves}
+    assert found == {k: k in ("all", "most") for k in curves}
+    absent = {k: Larger("f", k, "reference", False)(curves).passed for k in curves}
+    assert absent == {k: k in ("reference", "none") for k in curves}
+    with pytest.raises(NotTestable, match="4 seeds are fewer"):
+        Larger("f", "a", "a")({"a": arrays(1.0, 1.0, 1.0, 1.0)})
 
 
 def test_steps_inside_reads_moduli_at_the_last_marks():

@@ -162,10 +162,10 @@ def test_a_training_that_blows_up_has_no_spectrum_there():
     assert arrays["ritz"].isnan().all() and arrays["loss"].isfinite().sum() == 1
 
 
-@pytest.mark.parametrize("kind", [spectra.Linearised, spectra.Idle])
+@pytest.mark.parametrize("kind", [spectra.Linearised, spectra.Idle, spectra.Norms])
 def test_a_resumed_training_has_the_same_bits(kind, tmp_path):
     """Stopped after every piece, by way of its checkpoint."""
-    more = {"size": 5} if kind is spectra.Linearised else {"seen": 64}
+    more = {spectra.Linearised: {"size": 5}, spectra.Idle: {"seen": 64}}.get(kind, {})
     work = kind(
         optimizee=MLP((2, 4, 2)),
         data="moons",
@@ -293,3 +293,22 @@ def test_weights_of_a_dead_unit_are_idle_and_cutting_them_changes_little():
     for look in (before, found):
         full, pruned = look["full_loss"].item(), look["pruned.full_loss"].item()
         assert pruned == pytest.approx(full, rel=1e-3)
+
+
+def test_norms_are_those_of_each_tensor_at_each_mark():
+    """Under pure weight decay each tensor shrinks by the same factor a step."""
+    network = MLP((64, 8, 10), "sigmoid")
+    zero = {"eps": 1e30}  # Adam's own part vanishes
+    work = spectra.Norms(
+        optimizee=network, data="digits", method=Alone(AdamW(
+            constant(0.01), weight_decay=5.0, **zero)), steps=20, seeds=(2, 3),
+        replicas=2, segment=10, batch=32, evaluations=2,
+    )  # fmt: skip
+    arrays, _ = drive(work.job("cpu", False, {"optimizer": {}}))
+    for row, seed in zip(arrays["norms"], work.seeds, strict=True):
+        start = network.layout.views(network.init(seed))
+        for column, tensor in zip(row.T, start.values(), strict=True):
+            size = tensor.square().sum().sqrt().item()
+            assert column.tolist() == pytest.approx(
+                [size * 0.95**10, size * 0.95**20], rel=1e-5
+            )

@@ -8,7 +8,7 @@ rim of the spectrum, which are the ones that decide. For gradient descent they a
 and state together, the matrix of STAR's section 4 for the real thing.
 
 Of weights that no gradient reaches the spectrum says nothing: :class:`Idle` asks what
-becomes of them.
+becomes of them, and :class:`Norms` how large the weights of each layer grow.
 """
 
 from __future__ import annotations
@@ -229,3 +229,24 @@ class IdleJob(TrainingJob):
         now, before = (v.masked_fill(~idle, 0.0).norm(dim=1) for v in (params, first))
         found["growth"] = now / before
         return super().measure(method, end) | found
+
+
+class Norms(Training):
+    """A training that looks, at every mark, at the size of its weights.
+
+    Its record also holds ``norms [R, marks, P]``: of each of the P tensors of the
+    optimizee, in its layout's order, the Euclidean norm.
+    """
+
+    def job(self, device: str, compile: bool, metas: Metas) -> NormsJob:
+        return NormsJob(self, metas, device, compile)
+
+
+@dataclass
+class NormsJob(TrainingJob):
+    """The resumable computation of a :class:`Norms`."""
+
+    def measure(self, method: State, end: int) -> Trace:
+        parts = self.config.optimizee.layout.views(method["params"]).values()
+        norms = torch.stack([part.flatten(1).norm(dim=1) for part in parts], 1)
+        return super().measure(method, end) | {"norms": norms}

@@ -883,6 +883,37 @@ class IdleHarm:
         )
 
 
+@dataclass(frozen=True)
+class Larger:
+    """All weights of ``method`` together end larger than those of ``reference``.
+
+    Their Euclidean norm, by more than the factor ``by``, paired by seed; in at least
+    four fifths of the seeds (or not: in at most one fifth). A norm that is not finite
+    is infinite.
+    """
+
+    experiment: str
+    method: str
+    reference: str
+    expected: bool = True
+    by: float = 3.0
+
+    def __call__(self, curves: Curves) -> Outcome:
+        mine, other = (
+            _method(curves, name)["norms"][:, -1].double().norm(dim=1)
+            for name in (self.method, self.reference)
+        )
+        ratio = (mine / other).nan_to_num(torch.inf, torch.inf)
+        return _most(ratio > self.by, self.expected, ratio, "times the norm")
+
+    def __str__(self) -> str:
+        verb = "end" if self.expected else "do not end"
+        return (
+            f"weights of {self.method} {verb} {self.by:g} times as large as those of "
+            f"{self.reference}"
+        )
+
+
 def _most(found: Tensor, expected: bool, values: Tensor, of: str) -> Outcome:
     """Whether nearly all seeds show it (or nearly none)."""
     _enough(len(found))

@@ -554,9 +554,10 @@ def _star_beyond(profile: str, seeds: int | None = None) -> Iterable[tuple[str, 
     )  # fmt: skip
 
 
-def _stopped(optimizer: Any, profile: str) -> Alone:
+def stopped(method: Alone, profile: str) -> Alone:
     """It with its clock stopped at the last step, counted from 0, of an unroll."""
-    return Alone(StoppedClock(optimizer, star_training(profile).rollout - 1))
+    last = star_training(profile).rollout - 1
+    return Alone(StoppedClock(method.optimizer, last))
 
 
 def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
@@ -573,7 +574,7 @@ def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
         optimizer = star_training(profile, variant).optimizer
         changed = {
             f"{variant} held": Alone(Held(optimizer)),
-            f"{variant} stopped": _stopped(optimizer, profile),
+            f"{variant} stopped": stopped(Alone(optimizer), profile),
         }
         weights = star_weights("mlp", variant, 0, profile) + BEST
         runs += trainings(changed, weights, **same, **size)
@@ -592,8 +593,8 @@ def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
     runs = list(star_tests(profile, ("STAR 0.5",), 1, **changes))
     yield from runs
     for name, work in runs:
-        stopped = _stopped(work.method.optimizer, profile)
-        yield name.replace("#0", "stopped"), replace(work, method=stopped)
+        method = stopped(work.method, profile)
+        yield name.replace("#0", "stopped"), replace(work, method=method)
 
 
 def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:

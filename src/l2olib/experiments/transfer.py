@@ -9,10 +9,11 @@ from typing import Any
 
 from ..language import LSTMLanguageModel, TransformerLanguageModel
 from ..optimizees import MLP, ResNet, conv_star
+from ..spectra import Norms
 from ..train import Alone
-from ..tuning import MIDDLE, Chosen, adam_ladder, nadamw_draws, tuned
+from ..tuning import MIDDLE, Chosen, adam_at, adam_ladder, nadamw_draws, tuned
 from .runs import BEST, PROFILES, Experiment, trainings
-from .star import STAR_FIG3, star_optimizer, star_weights
+from .star import STAR_FIG3, star_optimizer, star_weights, stopped
 
 PICTURES = {
     "digits": (1, 8, 8),
@@ -229,6 +230,37 @@ def _generalization(tasks: dict[str, GeneralizationTask]) -> Callable[..., Any]:
     return build
 
 
+NETWORKS = {
+    name: GeneralizationTask.of(
+        _mlp(128, 128, 128, **options), "mnist", steps=LONG, seeds=5
+    )
+    for name, options in {
+        "ReLU": {},
+        "tanh": {"activation": "tanh"},
+        "batch norm": {"norm": "batch"},
+        "layer norm": {"norm": "layer"},
+    }.items()
+}
+"""*MLP MNIST*, and with what Blackbox did not diverge on CIFAR-10 (ours)."""
+
+
+def _star_networks(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """Blackbox on one data set, the network changed; how large do its weights grow?"""
+    for name, task in NETWORKS.items():
+        setting = _sized(task, profile, seeds)
+        layout = setting["optimizee"].layout
+        box = Alone(star_optimizer("Blackbox", layout))
+        by = {"Blackbox": {"Adam 0.001": adam_at(1e-3), "Blackbox": box}}
+        if name == "ReLU":
+            by["Blackbox"]["Blackbox stopped"] = stopped(box, profile)
+            by["STAR 0.5"] = {"STAR 0.5": Alone(star_optimizer("STAR 0.5", layout))}
+        for variant, methods in by.items():
+            named = {f"{name}, {label}": method for label, method in methods.items()}
+            weights = star_weights("mlp", variant, 0, profile) + BEST
+            for label, work in trainings(named, weights, **setting):
+                yield label, Norms.of(work)
+
+
 ENTRIES = [
     Experiment(
         "star.tune",
@@ -246,5 +278,11 @@ ENTRIES = [
             "star.appfig5": "The same optimizers on other MLP classifiers",
             "star.appfig6": "The same optimizers on other losses and on a ConvNet",
         }.items()
+    ),
+    Experiment(
+        "star.networks",
+        "MNIST: which networks Blackbox diverges on, and the size of the weights",
+        "10c-other-tasks",
+        _star_networks,
     ),
 ]
