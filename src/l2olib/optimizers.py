@@ -321,7 +321,7 @@ class Held(Wrapped):
     A weight moves for ``patience`` steps from its last gradient that is not exactly
     zero, that step included, and then no more until it has one again (one that never
     had any: for the first ``patience`` - 1 steps). Ours: a learned
-    optimizer may let such weights grow (see :class:`l2olib.spectra.Idle`). The
+    optimizer may let such weights grow (see :class:`l2olib.looks.Idle`). The
     optimizer itself goes on with its own memory.
     """
 

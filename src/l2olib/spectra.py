@@ -7,8 +7,8 @@ rim of the spectrum, which are the ones that decide. For gradient descent they a
 ``h = 2 / lr``; for momentum, Adam or a learned optimizer they are those of parameters
 and state together, the matrix of STAR's section 4 for the real thing.
 
-Of weights that no gradient reaches the spectrum says nothing: :class:`Idle` asks what
-becomes of them, and :class:`Norms` how large the weights of each layer grow.
+Of weights that no gradient reaches the spectrum says nothing: see
+:class:`l2olib.looks.Idle`.
 """
 
 from __future__ import annotations
@@ -183,70 +183,3 @@ class LinearisedJob(TrainingJob):
             "ritz": torch.view_as_real(values)[None].float(),
             "residuals": residuals[None].float(),
         }
-
-
-@dataclass(frozen=True)
-class Idle(Training):
-    """A training that looks, at every mark, at the weights that no gradient reaches.
-
-    Idle are the weights whose gradient on the first ``seen`` training items is exactly
-    zero at that mark: in a network of ReLUs those of units that none of these items
-    activates, and those between two that are never on together. Its record also holds,
-    ``[R, marks]`` each, the share of weights that are ``idle``; the ``growth`` of
-    these, their norm over the norm of the same weights at the start (NaN if there are
-    none); and full and held-out losses and held-out error of the network with its idle
-    weights set to zero, ``pruned.full_loss`` and so on. On the items seen that network
-    has the same outputs, but for units that an idle weight had kept off, and where
-    losses are so large that a gradient rounds to zero.
-    """
-
-    seen: int = 2_048
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seen < 1:
-            raise ValueError(f"seen must be at least 1 item, not {self.seen}")
-
-    def job(self, device: str, compile: bool, metas: Metas) -> IdleJob:
-        return IdleJob(self, metas, device, compile)
-
-
-@dataclass
-class IdleJob(TrainingJob):
-    """The resumable computation of an :class:`Idle`."""
-
-    config: Idle
-
-    def measure(self, method: State, end: int) -> Trace:
-        c, params = self.config, method["params"]
-        idx = torch.arange(min(c.seen, self.task.items), device=self.device)
-        reached = torch.func.vmap(lambda at: self.task.loss_and_grad(at, idx)[1])
-        idle = reached(params) == 0
-        first = torch.stack([c.optimizee.init(s) for s in c.group]).to(params)
-        pruned = params.masked_fill(idle, 0.0)
-        found = {f"pruned.{k}": look(pruned) for k, look in self.looks.items()}
-        found["idle"] = idle.float().mean(1)
-        now, before = (v.masked_fill(~idle, 0.0).norm(dim=1) for v in (params, first))
-        found["growth"] = now / before
-        return super().measure(method, end) | found
-
-
-class Norms(Training):
-    """A training that looks, at every mark, at the size of its weights.
-
-    Its record also holds ``norms [R, marks, P]``: of each of the P tensors of the
-    optimizee, in its layout's order, the Euclidean norm.
-    """
-
-    def job(self, device: str, compile: bool, metas: Metas) -> NormsJob:
-        return NormsJob(self, metas, device, compile)
-
-
-@dataclass
-class NormsJob(TrainingJob):
-    """The resumable computation of a :class:`Norms`."""
-
-    def measure(self, method: State, end: int) -> Trace:
-        parts = self.config.optimizee.layout.views(method["params"]).values()
-        norms = torch.stack([part.flatten(1).norm(dim=1) for part in parts], 1)
-        return super().measure(method, end) | {"norms": norms}

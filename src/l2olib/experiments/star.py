@@ -10,6 +10,7 @@ from typing import Any
 from ..data import load
 from ..guards import LGL2O, Coin, Switch
 from ..learned.mlp import Direction, MLPOptimizer, blackbox, hyperparam, star
+from ..looks import Heads, Idle
 from ..metatrain.estimates import EstimateStatistics, NetworkEstimates, RateTraining
 from ..metatrain.evolution import PES, BackPropagation, Evolution, es
 from ..metatrain.quadratic import (
@@ -22,7 +23,7 @@ from ..metatrain.quadratic import (
 from ..metatrain.truncated import LearningCurve
 from ..optimizees import MLP, Layout, Quadratic, conv_star
 from ..optimizers import SGD, Held, StoppedClock, constant
-from ..spectra import Idle, Linearised
+from ..spectra import Linearised
 from ..train import Alone, Training
 from ..tuning import adam_at
 from .runs import BEST, PROFILES, Experiment, ExperimentError, trainings
@@ -560,6 +561,22 @@ def stopped(method: Alone, profile: str) -> Alone:
     return Alone(StoppedClock(method.optimizer, last))
 
 
+CLOCKS = (2_000, 5_000, 10_000, 20_000, 50_000, 200_000)
+
+
+def _star_heads(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """What the networks answer up to the horizon, and would at later steps."""
+    smoke = profile == "smoke"
+    count = seeds or 2
+    size: dict[str, Any] = {"steps": 50 if smoke else 2_000, "segment": 10}
+    size |= {"evaluations": 3, "seeds": count, "replicas": count}
+    kinds = {"": 1} if smoke else {"": 1, "app": APPENDIX_ZETAS[profile]}
+    for kind, zetas in kinds.items():
+        for name, work in star_tests(profile, STAR_FIG3, zetas, kind=kind, **size):
+            label = name.replace(" #", " short #") if kind else name.replace(" #0", "")
+            yield label, Heads.of(work, clocks=CLOCKS)
+
+
 def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     """The optimizers of Fig. 3c again: what becomes of weights without a gradient."""
     smoke = profile == "smoke"
@@ -797,6 +814,12 @@ ENTRIES = [
         "Fashion-MNIST: weights that no gradient reaches, and the loss without them",
         "10b-beyond-the-horizon",
         _star_idle,
+    ),
+    Experiment(
+        "star.heads",
+        "Fashion-MNIST: what the networks of learned optimizers answer, at other steps",
+        "10b-beyond-the-horizon",
+        _star_heads,
     ),
     Experiment(
         "star.long",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..language import LSTMLanguageModel, TransformerLanguageModel
+from ..looks import Norms
 from ..optimizees import MLP, ResNet, conv_star
-from ..spectra import Norms
 from ..train import Alone
 from ..tuning import MIDDLE, Chosen, adam_at, adam_ladder, nadamw_draws, tuned
 from .runs import BEST, PROFILES, Experiment, trainings

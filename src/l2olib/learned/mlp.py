@@ -338,12 +338,34 @@ class MLPOptimizer:
         *,
         loss: Tensor | None = None,
     ) -> tuple[Tensor, State]:
+        found, new = self._observe(meta, grad, state, params)
+        deltas = [
+            self.step(meta, network(meta, blocks, state["step"], self.normalize), *of)
+            for blocks, of in found
+        ]
+        return joined(deltas, 0), new | {"step": state["step"] + 1}
+
+    def heads_at(
+        self, meta: Meta, grad: Tensor, state: State, params: Tensor, step: Tensor
+    ) -> Tensor:
+        """What the network would answer if this were step number ``step``: [heads, n].
+
+        The other features are those of the update that is due.
+        """
+        found, _ = self._observe(meta, grad, state, params)
+        answers = [network(meta, blocks, step, self.normalize) for blocks, _ in found]
+        return joined([torch.stack(answer) for answer in answers], 1)
+
+    def _observe(
+        self, meta: Meta, grad: Tensor, state: State, params: Tensor
+    ) -> tuple[list[tuple[list[Tensor], list[Tensor]]], State]:
+        """Features of each tensor, with its g, p, m and r; and the new averages."""
         rates = self.rates(meta)
         m = averaged(state["m"], grad, rates["momentum"])
         r = averaged(state["r"][None], grad.square(), rates["rms"])[0]
         of = [self.tensors.views(flat) for flat in (grad, params, m, r)]
         of += [self.rows.views(state["row"]), self.columns.views(state["col"])]
-        deltas, rows, cols = [], [], []
+        found, rows, cols = [], [], []
         for name, shape in self.tensors.shapes.items():
             g, p, mg, rg, row, col = (views[name] for views in of)
             squares, axes = g.square() + 1e-30, factored(shape)
@@ -352,14 +374,12 @@ class MLPOptimizer:
             else:
                 row = averaged(row, squares.mean(axes[1]), rates["adafactor"])
                 col = averaged(col, squares.mean(axes[0]), rates["adafactor"])
-            found = features(g, p, mg, rg, row, col)
-            blocks = list(found.values())
-            heads = network(meta, blocks, state["step"], self.normalize)
-            deltas.append(self.step(meta, heads, g, p, mg, rg))
+            blocks = list(features(g, p, mg, rg, row, col).values())
+            found.append((blocks, [g, p, mg, rg]))
             rows.append(row)
             cols.append(col)
         new = {"m": m, "r": r, "row": joined(rows, 1), "col": joined(cols, 1)}
-        return joined(deltas, 0), new | {"step": state["step"] + 1}
+        return found, new
 
     def step(
         self,
