@@ -128,6 +128,8 @@ def markdown(verdicts: Iterable[Verdict]) -> str:
         items.append(f"{head}\n: {v.claim.statement} *({v.claim.source})*\n: {found}")
     note = (
         f"*Detectable: the difference that these seeds, with their spread, would show "
-        f"at {ALPHA:g} with probability 0.8, without Holm's adjustment.*"
+        f"at {ALPHA:g} with probability 0.8, without Holm's adjustment. It and p are "
+        "over the seeds of a test: where these are starts of given meta-trained "
+        "optimizers, they say nothing about other meta-trainings.*"
     )
     return "\n\n".join([*items, note])

@@ -22,7 +22,7 @@ from ..metatrain.quadratic import (
 )
 from ..metatrain.truncated import LearningCurve
 from ..optimizees import MLP, Layout, Quadratic, conv_star
-from ..optimizers import SGD, Held, StoppedClock, constant
+from ..optimizers import SGD, AdamW, Held, StoppedClock, constant
 from ..spectra import Linearised
 from ..train import Alone, Training
 from ..tuning import adam_at
@@ -542,7 +542,10 @@ def _star_fig3(
 
 
 def _star_beyond(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
-    """The short meta-trainings of the appendix as in Fig. 3c, and one last iterate."""
+    """The short meta-trainings of the appendix as in Fig. 3c, and one last iterate.
+
+    And Adam with the epsilon of STAR's nominal term.
+    """
     count = seeds or (2 if profile == "smoke" else 5)
     size: dict[str, Any] = STAR_TEST[profile] | {"seeds": count, "replicas": count}
     zetas = APPENDIX_ZETAS[profile]
@@ -551,6 +554,13 @@ def _star_beyond(profile: str, seeds: int | None = None) -> Iterable[tuple[str, 
     yield from trainings(
         {"Blackbox last": Alone(of.optimizer)},
         star_weights("mlp", "Blackbox", 0, profile),
+        optimizee=of.optimizee, data=of.data, batch=of.batch, **size,
+    )  # fmt: skip
+    # the divisor of STAR's nominal term, by hand
+    adam = Alone(AdamW(constant(1e-3), eps_root=1e-6))
+    yield from trainings(
+        {"Adam eps 1e-6": adam},
+        "",
         optimizee=of.optimizee, data=of.data, batch=of.batch, **size,
     )  # fmt: skip
 
@@ -602,7 +612,7 @@ def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
 def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
     """A hundred times the horizon of meta-training, also at ``laptop``.
 
-    And the same with the clock stopped at the horizon.
+    And the same with the clock stopped at the horizon; and Adam.
     """
     changes: dict[str, Any] = {} if profile == "smoke" else {"steps": 200_000}
     if profile == "laptop":
@@ -612,6 +622,8 @@ def _star_long(profile: str) -> Iterable[tuple[str, Any]]:
     for name, work in runs:
         method = stopped(work.method, profile)
         yield name.replace("#0", "stopped"), replace(work, method=method)
+        adam = replace(work, method=adam_at(1e-3), weights={})
+        yield name.replace("STAR 0.5 #0", "Adam 0.001"), adam
 
 
 def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
@@ -786,14 +798,14 @@ ENTRIES = [
     Experiment(
         "star.stability",
         "Fashion-MNIST: eigenvalues of the step of learned optimizers",
-        "09-stability-by-design",
+        "10b-beyond-the-horizon",
         _star_stability,
         version=2,
     ),
     Experiment(
         "star.quadratic",
         "Noisy quadratic: eigenvalues of the step of learned optimizers",
-        "09-stability-by-design",
+        "10b-beyond-the-horizon",
         _star_quadratic,
     ),
     Experiment(
