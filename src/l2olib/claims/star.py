@@ -509,8 +509,8 @@ ROWS: tuple[Claim, ...] = (
         "S38",
         _BEYOND,
         "ours, on S8 and S30; written before these runs",
-        "A constant step size alone does not make the loss rise late: Adam at 0.001 does "
-        "not diverge in as many steps",
+        "A constant step size alone does not make the loss rise late: Adam at 0.001 "
+        "does not diverge in as many steps",
         (Diverges("star.long", "Adam 0.001", expected=False),),
     ),
     Claim(
