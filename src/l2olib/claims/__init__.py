@@ -61,7 +61,7 @@ __all__ = [
     "window_mean",
 ]
 
-LEDGER = (*lgl2o.ROWS, *star.ROWS)
+LEDGER = tuple(sorted((*lgl2o.ROWS, *star.ROWS), key=lambda claim: claim.place))
 
 
 def hashes_for(experiment: str) -> dict[str, str]:
@@ -72,7 +72,7 @@ def hashes_for(experiment: str) -> dict[str, str]:
 def report(*patterns: str) -> list[Verdict]:
     """Judge the claims whose id matches one of ``patterns`` (none: all of them).
 
-    Chapter by chapter, from committed records.
+    From committed records, in the order of the ledger.
 
     A chapter's rows are all judged together (see :func:`judge`), so ask once for all.
     """
@@ -90,7 +90,7 @@ def report(*patterns: str) -> list[Verdict]:
     for chapter in dict.fromkeys(c.chapter for c in chosen):
         rows = [c for c in LEDGER if c.chapter == chapter]
         verdicts += [v for v in judge(rows, experiments.evidence) if v.claim in chosen]
-    return verdicts
+    return sorted(verdicts, key=lambda v: v.claim.place)
 
 
 def robustness() -> list[Settled]:

@@ -50,9 +50,18 @@ class Outcome:
         return "✓" if self.passed else "✗"
 
     def __str__(self) -> str:
-        if self.detectable is None:
+        if self.detectable is None or self.detectable < 1e-9:  # no spread but rounding
             return self.measured
         return f"{self.measured}, detectable {self.detectable:.2g}"
+
+
+def against(a: float | Tensor, b: float | Tensor) -> str:
+    """Two numbers in three digits, or in as many up to six as tell them apart."""
+    for digits in range(3, 7):
+        pair = f"{float(a):.{digits}g}", f"{float(b):.{digits}g}"
+        if len(set(pair)) == 2:
+            break
+    return " against ".join(pair)
 
 
 # ---- statistics ----------------------------------------------------------------------
@@ -240,7 +249,7 @@ def _paired(a: Tensor, b: Tensor, margin: float | Tensor) -> Outcome:
     a, b = _clipped(a), _clipped(b)
     gap = a - b
     p = sign_flip(gap - margin)
-    text = f"{a.mean():.3g} against {b.mean():.3g} nat, p = {p:.2g}, {len(a)} seeds"
+    text = f"{against(a.mean(), b.mean())} nat, p = {p:.2g}, {len(a)} seeds"
     return Outcome(p < ALPHA, p, text, detectable(gap))
 
 
@@ -355,7 +364,7 @@ class MoreSwitching:
             arrays["switches"].double().sum(1) / arrays["decisions"][-1]
             for arrays in (_method(curves, n) for n in (self.method, self.reference))
         )
-        text = f"{a.mean():.3g} against {b.mean():.3g} of decisions"
+        text = f"{against(a.mean(), b.mean())} of decisions"
         return _below_zero(b - a, text)
 
     def __str__(self) -> str:
@@ -401,7 +410,7 @@ class Noisier:
 
     def __call__(self, curves: Curves) -> Outcome:
         a, b = (self._spread(_method(curves, n)) for n in (self.method, self.reference))
-        text = f"spread {a.mean():.3g} against {b.mean():.3g} nat"
+        text = f"spread {against(a.mean(), b.mean())} nat"
         return _below_zero(b - a, text)
 
     def _spread(self, arrays: Arrays) -> Tensor:
@@ -756,7 +765,7 @@ class Unbiased:
         small = error <= 0.03 * abs(exact)
         passed = small and (away < 3 if self.expected else away > 5)
         text = (
-            f"{estimate.mean():.3g} against {exact:.3g}, {away:.2g} standard errors "
+            f"{against(estimate.mean(), exact)}, {away:.1f} standard errors "
             f"of {error / abs(exact):.1%}"
         )
         return Outcome(passed, None, text)
@@ -819,7 +828,11 @@ class StepsInside:
         _enough(len(largest))
         share = (largest <= self.bound).double().mean().item()
         beyond = median(largest).item() - 1
-        text = f"{share:.0%} of seeds, largest modulus 1{beyond:+.2g} (median)"
+        side = "above" if beyond > 0 else "below"
+        text = (
+            f"{share:.0%} of seeds inside, largest modulus {abs(beyond):.2g} {side} 1"
+        )
+        text += " (median)"
         return Outcome(share >= 0.8 if self.expected else share <= 0.2, None, text)
 
     def __str__(self) -> str:
@@ -969,11 +982,12 @@ class Cheaper:
             if len(torch.cat([one["conditions"] for one in arrays]).unique()) > 1:
                 raise NotTestable("times were not measured under equal conditions")
         a, b = (float(one[self.quantity].double().mean()) for one in arrays)
-        return Outcome(a < b, None, f"ratio {a / b:.3g}")
+        return Outcome(a < b, None, f"ratio {a / b:.4g}")
 
     def __str__(self) -> str:
         return (
-            f"a step of {self.method} costs less {self.quantity} than {self.reference}"
+            f"a step of {self.method} costs less than one of {self.reference} in "
+            f"{self.quantity}"
         )
 
 
@@ -1033,7 +1047,7 @@ class Less:
         )
         _enough(len(a))
         p = sign_flip(a - b)
-        text = f"{a.mean():.3g} against {b.mean():.3g}, p = {p:.2g}, {len(a)} seeds"
+        text = f"{against(a.mean(), b.mean())}, p = {p:.2g}, {len(a)} seeds"
         return Outcome(p < ALPHA, p, text, detectable(a - b))
 
     def __str__(self) -> str:

@@ -21,6 +21,12 @@ class Claim:
     tests: tuple[Any, ...]
 
     @property
+    def place(self) -> tuple[str, int, str]:
+        """Where it stands in the ledger: S8 before S12, S5 before S5-convnet."""
+        number = self.id[1:].partition("-")[0]
+        return self.id[0], int(number), self.id
+
+    @property
     def hashes(self) -> dict[str, str]:
         """For each experiment it reads: the hash of the tests that read it."""
         read: dict[str, list[Any]] = {}
