@@ -301,3 +301,20 @@ def test_the_provenance_line_joins_records():
     line = records.provenance_line(found)
     assert "profile laptop" in line and "3 seeds (0–2)" in line
     assert "3 runs, 1.5 h" in line and line.count("abc") == 1
+
+
+def test_a_long_provenance_line_counts_commits():
+    """And what took seconds does not read as 0 h."""
+    found = [Record({}, {}, {"commit": f"c{k}", "seconds": 1.25}) for k in range(8)]
+    line = records.provenance_line(found)
+    assert "commit c0, c1, c2, c3, c4, c5 and 2 more" in line
+    assert "8 runs, 10 s" in line
+    assert "1 run, 1.2 s" in records.provenance_line(found[:1])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.25, "0.25 s"), (90, "1.5 min"), (5_400, "1.5 h"), (3.6e6, "1,000 h")],
+)
+def test_durations(seconds, text):
+    assert records.elapsed(seconds) == text

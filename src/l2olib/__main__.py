@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from . import claims, data, experiments
 from .data import DataError
-from .experiments import ExperimentError, Run, hours
-from .records import Record, RecordError
+from .experiments import ExperimentError, Run
+from .records import Record, RecordError, elapsed
 from .train import Unfinished, agreed, ranks
 
 
@@ -117,12 +117,12 @@ def list_(args: argparse.Namespace) -> int:
             continue
         runs = entry.runs(args.profile)
         states = [run.state() for run in runs]
-        cost = hours(sum(run.work.seconds() for run in runs))
+        cost = elapsed(sum(run.work.seconds() for run in runs))
         done = sum(state == "done" for state in states)
         print(f"{entry.id:24} {done:3}/{len(runs):<3} done  {cost:>9}  {entry.title}")
         if args.runs:
             for run_, state in zip(runs, states, strict=True):
-                print(f"    {run_.name:32} {state:24} {hours(run_.work.seconds())}")
+                print(f"    {run_.name:32} {state:24} {elapsed(run_.work.seconds())}")
     return 0
 
 

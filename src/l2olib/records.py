@@ -322,23 +322,37 @@ def provenance(*, device: str, seconds: float, compiled: bool, **more: Any) -> d
     }
 
 
+def elapsed(seconds: float) -> str:
+    """A duration to two digits at least, in seconds, minutes or hours."""
+    if seconds >= 360_000:
+        return f"{seconds / 3600:,.0f} h"
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2g} h"
+    return f"{seconds / 60:.2g} min" if seconds >= 60 else f"{seconds:.2g} s"
+
+
 def provenance_line(records: Iterable[Record]) -> str:
-    """One line under a figure: profile, seeds, commit, device, cost of its records."""
+    """One line under a figure: profile, seeds, commit, device, cost of its records.
+
+    Of more than six commits the last are only counted; each record names its own.
+    """
     records = list(records)
 
-    def all_of(key: str) -> str:
-        return ", ".join(sorted({str(r.provenance.get(key, "?")) for r in records}))
+    def all_of(key: str, most: int = 6) -> str:
+        found = sorted({str(r.provenance.get(key, "?")) for r in records})
+        more = f" and {len(found) - most} more" if len(found) > most else ""
+        return ", ".join(found[:most]) + more
 
     seeds = sorted({s for r in records for s in r.config.get("seeds", [])})
     parts = [f"profile {all_of('profile')}"]
     if seeds:
         span = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
         parts.append(f"{len(seeds)} seed{'s' * (len(seeds) > 1)} ({span})")
-    hours = sum(r.provenance.get("seconds", 0.0) for r in records) / 3600
+    spent = sum(r.provenance.get("seconds", 0.0) for r in records)
     parts += [
         f"commit {all_of('commit')}",
         f"{all_of('device')}, torch {all_of('torch')}",
-        f"{len(records)} runs, {hours:.2g} h",
+        f"{len(records)} run{'s' * (len(records) != 1)}, {elapsed(spent)}",
         f"recorded {all_of('date')}",
     ]
     return " · ".join(parts)

@@ -18,7 +18,7 @@ from ..metatrain.estimates import NetworkEstimates
 from ..metatrain.truncated import LearningCurve, MetaWork
 from ..optimizees import Layout
 from ..optimizers import Meta, Wrapped
-from ..records import Record, RecordError
+from ..records import Record, RecordError, elapsed
 from ..train import BURN_IN, Training, drive, repeatable
 from ..tuning import (
     Chosen,
@@ -396,26 +396,19 @@ def table() -> str:
             done = [run for run in runs if run.state() == "done"]
             spent = sum(run.load().provenance["seconds"] for run in done)
             if len(done) == len(runs):
-                cells.append(f"recorded, {hours(spent)}")
+                cells.append(f"recorded, {elapsed(spent)}")
                 continue
             estimated = sum(run.work.seconds() for run in done)
             left = sum(run.work.seconds() for run in runs) - estimated
             left *= spent / estimated if done else 1.0
             cells.append(
-                f"{len(done)} of {len(runs)} runs; the rest about {hours(left)}"
+                f"{len(done)} of {len(runs)} runs; the rest about {elapsed(left)}"
             )
         chapter = f"{{doc}}`{entry.chapter}`"
         lines.append(
             f"| `{entry.id}` | {entry.title} | {chapter} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
-
-
-def hours(seconds: float) -> str:
-    """A duration to two digits at least, in minutes or hours."""
-    if seconds >= 360_000:
-        return f"{seconds / 3600:,.0f} h"
-    return f"{seconds / 3600:.2g} h" if seconds >= 3600 else f"{seconds / 60:.2g} min"
 
 
 def results(
