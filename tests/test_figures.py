@@ -54,6 +54,30 @@ def test_methods_differ_without_colour() -> None:
     )
 
 
+def test_a_new_method_looks_like_no_known_one() -> None:
+    """No known method has its colour or dash, none of the six above its marker."""
+    known = [figures.style(name) for name in figures._METHODS]
+    for i in range(len(figures._OTHERS)):
+        look = figures.style(f"method {i}")
+        for key in ("color", "linestyle"):
+            assert look[key] not in [each[key] for each in known]
+        assert look["marker"] not in [figures.style(name)["marker"] for name in KNOWN]
+
+
+def test_new_methods_contrast_with_the_page_and_with_known_ones() -> None:
+    """WCAG: 4.5 to 1 with white; each shade is darker than all known ones but black."""
+
+    def luminance(color: str) -> float:
+        rgb = np.array(mpl.colors.to_rgb(color))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    spare = [luminance(color) for color, _, _ in figures._OTHERS]
+    known = [luminance(color) for color, _, _ in figures._METHODS.values()]
+    assert 1.05 / (max(spare) + 0.05) > 4.5
+    assert 0 < max(spare) < min(x for x in known if x)
+
+
 def test_a_new_method_keeps_its_style_until_the_next_chapter() -> None:
     """The order of first use decides, and `use_style` starts afresh."""
     first, second = figures.style("one"), figures.style("two")
@@ -173,3 +197,48 @@ def test_a_training_can_be_drawn_against_what_it_costs() -> None:
         assert top.lines[0].get_xdata()[-1] == pytest.approx(ends)
         assert low.lines[0].get_xdata()[-1] == pytest.approx(ends)
         assert low.get_xlabel() == figures.AXES[against]
+
+
+def test_few_ticks_are_labelled_in_plain_numbers() -> None:
+    _, ax = figures.figure()
+    ax.plot([1, 2], [0.09, 1.1])
+    ax.set(yscale="log")
+    figures.few_ticks(ax.yaxis)
+    low, high = ax.get_ylim()
+    ticks = [y for y in ax.get_yticks() if low <= y <= high]
+    assert ticks == pytest.approx([0.1, 0.2, 0.5, 1])
+    assert ax.yaxis.get_major_formatter().format_ticks(ticks) == "0.1 0.2 0.5 1".split()
+    assert not len(ax.yaxis.get_minorticklocs())
+
+
+@pytest.mark.parametrize(
+    ("cells", "written"),
+    [
+        (["9.95e-05", "0.000123"], ["9.95·10⁻⁵", "1.23·10⁻⁴"]),
+        (["0.16", "7.1e-05 (0.7)"], ["1.60·10⁻¹", "7.10·10⁻⁵ (7.00·10⁻¹)"]),
+        (["1.73e+03", "756", "52", "9.77"], ["1,730", "756", "52.0", "9.77"]),
+        (["0.269 to 0.22", "2 nat", "-0.1"], ["0.269 to 0.220", "2.00 nat", "-0.100"]),
+        (["3e-10", "0"], ["3.00·10⁻¹⁰", "0"]),
+        (["10 of 10", "3"], ["10 of 10", "3"]),
+        (["1,000", "10,000", ""], ["1,000", "10,000", ""]),
+        (["2.8%", "0.0%", "never"], ["2.8%", "0.0%", "never"]),
+    ],
+)
+def test_a_column_has_one_format(cells: list[str], written: list[str]) -> None:
+    """Names, heads and text around a table stay; writing it twice changes nothing."""
+
+    def table(column: list[str]) -> str:
+        rows = "\n".join(f"| weight 0.1 | {cell} | |" for cell in column)
+        return (
+            f"*After 1e-05:*\n\n| name | at 0.1 | |\n|---|---|---|\n{rows}\n\n*9e-05*"
+        )
+
+    assert figures.one_format(table(cells)) == table(written)
+    assert figures.one_format(table(written)) == table(written)
+
+
+def test_one_format_keeps_as_many_digits_as_are_known() -> None:
+    table = "| | a |\n|---|---|\n| x | 4.0e-04 |\n| y | 0.0e+00 |\n| z | 0.059 |"
+    assert figures.one_format(table, digits=2) == (
+        "| | a |\n|---|---|\n| x | 4.0·10⁻⁴ |\n| y | 0 |\n| z | 5.9·10⁻² |"
+    )

@@ -116,6 +116,8 @@ def test_figures_say_what_they_show(path: Path) -> None:
             options = cell.metadata.get("mystnb", {})
             assert options.get("figure", {}).get("caption"), cell.source
             assert options.get("image", {}).get("alt"), cell.source
+            shown = [o for o in cell.outputs if o.output_type != "stream"]
+            assert len(shown) == 1, f"the caption would stand twice:\n{cell.source}"
 
 
 @every_notebook

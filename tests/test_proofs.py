@@ -5,9 +5,11 @@ import sympy as sp
 
 from l2olib.proofs import (
     CORRECTED,
+    FORMULA_WIDTH,
     HOLDS,
     ProofError,
     Theorem,
+    _width,
     added,
     eq,
     ge,
@@ -113,7 +115,7 @@ def test_evaluation_shows_and_checks_both_sides() -> None:
     claim = gt((1 - a) ** 2, b)
     at = {a: half, b: sp.Rational(1, 5)}
     step = theorem().counterexample("t", "t", claim, ("1/4", "1/5"), at)
-    assert r"$\frac{1}{4}$ and $\frac{1}{5}$" in step._repr_markdown_()
+    assert r"$\frac{1}{4}$ and $\frac{1}{5}.$" in step._repr_markdown_()
     with pytest.raises(ProofError, match="is not"):
         theorem().counterexample("t", "t", claim, ("1/3", "1/5"), at)
     with pytest.raises(ProofError, match="satisfy"):
@@ -161,10 +163,10 @@ def test_a_tautology_is_no_step() -> None:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        ("By Markov $P \\le 1$.", "By Markov $P \\le 1$. *(Prose.)*\n\n$$"),
-        ("For $\\alpha\\le2$.", "For $\\alpha\\le2$. *(Prose.)*\n\n$$"),
-        ("In both coordinates of $x$.", "In both coordinates of $x$.\n\n$$"),
-        ("So $x = 0$.", "`[t]` So $x = 0$. *(Prose.)*"),
+        ("By Markov $P \\le 1$.", "By Markov $P \\le 1.$ *(Prose.)*\n\n$$"),
+        ("For $\\alpha\\le2$.", "For $\\alpha\\le2.$ *(Prose.)*\n\n$$"),
+        ("In both coordinates of $x$.", "In both coordinates of $x.$\n\n$$"),
+        ("So $x = 0$.", "`[t]` So $x = 0.$ *(Prose.)*"),
     ],
 )
 def test_words_beside_a_check_are_not_part_of_it(words: str, shown: str) -> None:
@@ -184,6 +186,81 @@ def test_a_wide_formula_is_broken_at_its_terms() -> None:
     assert all(f"x + {i}" in shown for i in range(1, 12))
 
 
+def lines_of(left: sp.Expr, right: object) -> list[str]:
+    """Return the lines of an identity that is too wide for one."""
+    shown = theorem().identity("t", "t", eq(left, right))._repr_markdown_()
+    text = shown.split("aligned}")[1].removesuffix("\\end{")
+    lines = [line.strip(" &\n") for line in text.split(r"\\[1ex]")]
+    for line in lines:
+        assert line.count(r"\left(") == line.count(r"\right)"), line
+    assert max(map(_width, lines)) <= FORMULA_WIDTH
+    return lines
+
+
+def test_what_is_too_wide_within_brackets_is_broken_there() -> None:
+    """Under a derivative or a limit, and between factors; brackets get a fixed size."""
+    terms = [n / (x**2 + n) for n in range(1, 17)]
+    total = added(*terms)
+    for outer, first in (
+        (sp.Derivative(total, x), r"\frac{d}{d x} \biggl("),
+        (sp.Limit(total * x, x, sp.oo), r"\lim_{x \to \infty}"),
+    ):
+        lines = lines_of(outer, outer.doit())
+        assert lines[0].startswith(first)
+        assert any(line.endswith(r"\biggr)") for line in lines)
+    factor = added(*terms[:7])
+    lines = lines_of(
+        times(factor, factor.subs(x, y)), sp.expand(factor * factor.subs(x, y))
+    )
+    assert lines[1].startswith(r"\quad {} \cdot \left(")
+
+
+@pytest.mark.parametrize(
+    ("tex", "measured"),
+    [
+        (r"\alpha \epsilon + p \left(1 - \epsilon\right) \leq b", 7.6),
+        (r"\frac{\alpha \left(\beta + 1\right)}{\lambda \left(1 - \beta\right)}", 4.3),
+        (r"\frac{1 + \frac{h_{2}^{2}}{h_{1}^{2}}}{h_{1} + \frac{1}{h_{1}^{2}}}", 3.8),
+        (r"\lim_{t \to 0^+}\left(\frac{\sqrt{t^{2} + 1} - 1}{t^{2}}\right)", 9.0),
+        (r"\left[\begin{matrix}2 \phi_{1} + 2 & 1\\h_{1} & 3\end{matrix}\right]", 5.9),
+    ],
+)
+def test_the_width_of_a_formula_is_about_that_in_a_browser(
+    tex: str, measured: float
+) -> None:
+    """In em, as MathJax sets it; a sum of letters' widths would be far off."""
+    assert abs(_width(tex) / measured - 1) < 0.15
+
+
+def test_a_number_of_many_digits_is_rounded_where_it_is_shown() -> None:
+    """And only there: the check is of the exact one."""
+    long = sp.Rational(2401 * 199**10, 20000 * 200**10)
+    short = sp.Rational(699997, 10**6)
+    step = theorem().counterexample(
+        "t", "t", gt(a, b), (long, short / 10), {a: long, b: short / 10}
+    )
+    shown = step._repr_markdown_().split("✓")[1]
+    assert r"sides are $\approx 0.1142$ and" in shown
+    assert "rounded here, exact in the check" in shown
+    with pytest.raises(ProofError, match="is not"):
+        theorem().counterexample(
+            "t", "t", gt(a, b), (long + sp.Rational(1, 10**30), 0), {a: long, b: 0}
+        )
+    step = theorem().counterexample(
+        "t", "t", gt(a, b), (short, half), {a: short, b: half}
+    )
+    assert r"\frac{699997}{1000000}" in step._repr_markdown_()
+
+
+def test_no_line_begins_with_the_punctuation_behind_a_formula() -> None:
+    """A browser may break a line between the two, so that goes into the formula."""
+    t = Theorem(
+        "T", source="LGL2O", entry=1, label="t", verdict=HOLDS,
+        printed="If $a$, $b$: $c$; so\n\n$$d$$\n\nfor $e$ (and $f$.)",
+    )  # fmt: skip
+    assert t.printed == "If $a,$ $b{:}$ $c;$ so\n\n$$d$$\n\nfor $e$ (and $f.)$"
+
+
 def test_proof_shows_each_step_once() -> None:
     t = theorem()
     t.prose("One", "First.")
@@ -197,9 +274,9 @@ def test_what_is_said_beside_a_statement_that_holds() -> None:
     """A slip is one of its proof only; what we paraphrase is not called printed."""
     base = {"source": "LGL2O", "entry": 1, "label": "t", "printed": "P.", "slip": "S."}
     holds = Theorem("T", verdict=HOLDS, corrected="C.", **base)._repr_markdown_()
-    assert "*A slip on the way.* S.\n\n*Remark.* C." in holds
+    assert "> *A slip on the way.* S.\n>\n> *Remark.* C." in holds
     fixed = Theorem("T", verdict=CORRECTED, corrected="C.", **base, paraphrase=True)
-    assert "*In our words.* P.\n\n*What is wrong.*" in fixed._repr_markdown_()
+    assert "> *In our words.* P.\n>\n> *What is wrong.*" in fixed._repr_markdown_()
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,13 @@ def test_theorems_are_complete(chapter: Path) -> None:
         assert f"({theorem.label})=" in text, theorem.label
 
 
+@pytest.mark.parametrize("chapter", THEORY, ids=lambda path: path.stem)
+def test_titles_and_words_of_steps_begin_sentences(chapter: Path) -> None:
+    """A title is set with a full stop: neither it nor what follows goes on."""
+    steps = [step for theorem in theorems(chapter) for step in theorem.steps]
+    assert not [s for s in steps if s.name[0].islower() or s.text[:1].islower()]
+
+
 def mutants(statement: sp.Basic) -> Iterator[sp.Basic]:
     """Yield the statement with one numeral, sign or exponent changed."""
     if isinstance(statement, Relational):

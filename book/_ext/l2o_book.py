@@ -1,16 +1,70 @@
-"""Sphinx extension: the built book works from disk, with no network, in any browser."""
+"""Sphinx extension: the built book works from disk, with no network, in any browser.
 
+It also labels the bibliography as the text cites, and keeps numbers in tables whole.
+"""
+
+# docutils and pybtex come without types.
+# mypy: disable-error-code="import-untyped"
+
+import re
+from collections.abc import Iterable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 from shutil import copyfile
+from types import SimpleNamespace
 from typing import Any
 
+from docutils import nodes
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.unsrt import Style
+from pybtex.style.labels import BaseLabelStyle
+from pybtex.style.sorting import BaseSortingStyle
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinxcontrib.bibtex.style.referencing import PersonStyle
 
 SCRIPT = "tex-mml-chtml.js"
 FONTS = "output/chtml/fonts/woff-v2"
 INDEX = "book/index"
+YEAR = 365.25 * 24  # hours
+PERSONS = PersonStyle()
+
+# What no line of a table may break: a number with its sign, exponent and unit, two of
+# them with what joins them, the widths of a network.
+VALUE = r"[-−+±]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+|·10[⁻⁰¹²³⁴-⁹]+)?%?"
+JOINED = rf"{VALUE}(?:(?: ± | of | to | × |–){VALUE})*(?: (?:nat|min|h|years|seeds))?"
+WHOLE = re.compile(rf"(?<![\w.,–-])(\d+(?:-\d+)+|(?:p [=<] )?{JOINED})(?!\w)")
+SHORT, LONG, TEXT = 14, 24, 60  # characters of a cell
+
+
+def cited_as(entry: Any) -> str:
+    """Return how the text cites an entry: Chamberlain et al., 1982."""
+    names = PERSONS.author_or_editor_or_title(full=False)
+    who = names.format_data({"entry": entry, "style": SimpleNamespace(person=PERSONS)})
+    return f"{who}, {entry.fields['year']}"
+
+
+class AuthorYearLabels(BaseLabelStyle):
+    """Labels of the bibliography that read as the citations do."""
+
+    def format_labels(self, sorted_entries: Iterable[Any]) -> Iterator[str]:
+        """Return the labels of the entries; pybtex calls this."""
+        return map(cited_as, sorted_entries)
+
+
+class AuthorYearSorting(BaseSortingStyle):
+    """The order of these labels."""
+
+    def sorting_key(self, entry: Any) -> str:
+        """Return what an entry is sorted by; pybtex calls this."""
+        return cited_as(entry).casefold()
+
+
+class AuthorYearStyle(Style):
+    """The style ``author_year``, for ``bibtex_default_style``."""
+
+    default_sorting_style = AuthorYearSorting
+    default_label_style = AuthorYearLabels
 
 
 def drop_thebe(app: Sphinx, config: Config) -> None:
@@ -81,7 +135,41 @@ def list_experiments(app: Sphinx, page: str, source: list[str]) -> None:
     if page == INDEX:
         from l2olib.experiments import table
 
-        source[0] = source[0].replace("<!-- experiments -->", table())
+        text = re.sub(r"(?:about )?\b([\d.,]+) (min|h)\b", in_words, table())
+        text = re.sub(r"\b0 of (\d+) runs; the rest", r"0 of \1 runs;", text)
+        source[0] = source[0].replace("<!-- experiments -->", text)
+
+
+def in_words(duration: re.Match[str]) -> str:
+    """Say a duration that no reader can picture otherwise: too short, or too long."""
+    value, unit = float(duration[1].replace(",", "")), duration[2]
+    if unit == "min" and value < 1:
+        return "under a minute"
+    if unit == "h" and value > YEAR:
+        return duration[0].replace(f"{duration[1]} h", f"{value / YEAR:.1f} years")
+    return duration[0]
+
+
+def mark_cells(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Mark what the style sheet cannot see in tables: whole numbers, and long cells."""
+    for cell in doctree.findall(nodes.entry):
+        shown = [
+            text for text in cell.findall(nodes.Text) if text.parent.tagname != "raw"
+        ]
+        words = "".join(shown)
+        if len(words) > LONG:
+            cell["classes"].append("text" if len(words) > TEXT else "long")
+        elif len(words) <= SHORT and (" " not in words or WHOLE.match(words)):
+            cell["classes"].append("whole")
+        for text in shown:
+            if text.parent.tagname not in ("literal", "math"):
+                parts = [
+                    nodes.inline("", part, classes=["whole"])
+                    if WHOLE.fullmatch(part) and re.search("[ –-]", part)
+                    else nodes.Text(part)
+                    for part in WHOLE.split(text)
+                ]
+                text.parent.replace(text, parts)
 
 
 def reread_index(app: Sphinx, env: object, *changed: set[str]) -> list[str]:
@@ -91,12 +179,14 @@ def reread_index(app: Sphinx, env: object, *changed: set[str]) -> list[str]:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the above; called by Sphinx."""
+    register_plugin("pybtex.style.formatting", "author_year", AuthorYearStyle)
     app.config.mathjax_path = f"mathjax/{SCRIPT}"
     app.connect("config-inited", drop_thebe)
     app.connect("config-inited", add_style)
     app.connect("builder-inited", load_mathematics_everywhere)
     app.connect("source-read", list_experiments)
     app.connect("env-get-outdated", reread_index)
+    app.connect("doctree-resolved", mark_cells)
     app.connect("html-page-context", mend_bibliography_roles)
     app.connect("build-finished", copy_mathematics)
     app.connect("build-finished", copy_plotting)

@@ -1,4 +1,7 @@
-"""The book's figure style: one width, one look per method, reproducible SVG."""
+"""The book's figure style: one width, one look per method, reproducible SVG.
+
+And one way of writing the numbers of a table's column.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Colours of Okabe and Ito (2008), told apart in every common form of colour blindness;
@@ -22,7 +26,7 @@ _GREEN, _RED, _BLUE = "#009E73", "#D55E00", "#0072B2"
 _BLACK, _SKY, _ORANGE, _PURPLE = "#000000", "#56B4E9", "#E69F00", "#CC79A7"
 _GREY = "#7F7F7F"
 
-_METHODS = {
+_METHODS: dict[str, tuple[str, Any, str]] = {
     "L2O": (_GREEN, "--", "o"),
     "LGL2O": (_RED, "-", "s"),
     "GL2O": (_BLUE, "-.", "^"),
@@ -60,21 +64,34 @@ _METHODS = {
     "alpha=0.3": (_GREEN, "-", "h"),
     "alpha=0.4": (_RED, "-.", "d"),
 }
-_OTHERS = [
-    (_GREY, "--", "*"),
-    (_PURPLE, ":", "<"),
-    (_BLACK, "-", "8"),
-    (_GREEN, "-", "h"),
-    (_RED, "-.", "d"),
-    (_SKY, ":", "H"),
-    (_ORANGE, "-", "1"),
-    (_BLUE, "--", ">"),
+# What a chapter draws besides: five shades, darker than all of these but black and told
+# apart in every common form of colour blindness, with dashes that no known method has.
+_INDIGO, _BROWN, _MAGENTA = "#332288", "#8C510A", "#AA1188"
+_FOREST, _VIOLET = "#0B4D2D", "#7722EE"
+_LONG, _DOUBLE, _DENSE, _UNEVEN = (
+    (0, (7, 2)),
+    (0, (4, 1, 1, 1, 1, 1)),
+    (0, (1, 1)),
+    (0, (5, 1, 2, 1)),
+)
+_OTHERS: list[tuple[str, Any, str]] = [
+    (_INDIGO, _LONG, "<"),
+    (_BROWN, _DOUBLE, "*"),
+    (_MAGENTA, _DENSE, ">"),
+    (_FOREST, _UNEVEN, "x"),
+    (_VIOLET, _LONG, "p"),
+    (_INDIGO, _DENSE, "1"),
+    (_BROWN, _LONG, "d"),
+    (_MAGENTA, _UNEVEN, "+"),
 ]
 _given: dict[str, int] = {}
 
 # Inches. At 72 points to the inch a page one column wide shows these unscaled; a
 # telephone of 375 px shows the narrow one at two thirds, with the text still legible.
 _NARROW, _WIDE = 5.2, 7.2
+
+PALE = {"linewidth": 6.0, "linestyle": "-", "alpha": 0.35, "marker": "", "zorder": 1.9}
+"""Added to a `style`: a curve wide and pale, below others that coincide with it."""
 
 
 def use_style() -> None:
@@ -168,7 +185,8 @@ def style(method: str) -> dict[str, Any]:
     """Return the arguments of `Axes.plot` that mark a method in every figure.
 
     Known names have a fixed colour, dash and marker. A new name gets the next spare
-    style and keeps it until `use_style` (or `chapters.begin`) is called.
+    style, which no known one resembles, and keeps it until `use_style` (or
+    `chapters.begin`) is called.
     """
     if method in _METHODS:
         color, dash, marker = _METHODS[method]
@@ -176,6 +194,15 @@ def style(method: str) -> dict[str, Any]:
         place = _given.setdefault(method, len(_given))
         color, dash, marker = _OTHERS[place % len(_OTHERS)]
     return {"color": color, "linestyle": dash, "marker": marker, "markevery": 0.12}
+
+
+def few_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis that spans few decades 0.1, 0.2, 0.5, 1, and no more."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def band(
@@ -297,3 +324,48 @@ def diagram(
         if label:
             x, y = (np.add(boxes[start][:2], boxes[end][:2])) / 2
             ax.text(x, y + 0.06, label, ha="center")
+
+
+def one_format(text: str, digits: int = 3) -> str:
+    """Give the numbers of each column of the Markdown tables in ``text`` one format.
+
+    Tables of measured numbers with ``digits`` significant digits, as ``f"{x:.3g}"``
+    writes them. If one of a column is like 9.95e-05, all become powers of ten
+    (9.95·10⁻⁵ and 1.23·10⁻⁴), which no line break parts; 1.73e+03 becomes 1,730. Zeros
+    that ``g`` dropped at the end come back. Names (the first column), percentages and
+    columns of whole numbers stay.
+
+    Raises ValueError if the rows of a table differ in length.
+    """
+    number = re.compile(r"(?<![\w.,·])-?\d+(?:\.\d+)?(?:e[-+]\d+)?(?![\w%·]|[.,]\d)")
+
+    def column(cells: list[str]) -> list[str]:
+        found = [n for cell in cells[2:] for n in number.findall(cell)]
+        if not any("." in n or "e" in n for n in found):
+            return cells
+        power = any("e-" in n for n in found)
+        body = [
+            number.sub(lambda n: _digits(n[0], digits, power), c) for c in cells[2:]
+        ]
+        return [*cells[:2], *body]
+
+    def table(match: re.Match[str]) -> str:
+        rows = [line.split("|") for line in match[0].splitlines()]
+        edge, names, *rest = (list(cells) for cells in zip(*rows, strict=True))
+        columns = [edge, names, *map(column, rest)]
+        return "\n".join("|".join(row) for row in zip(*columns, strict=True))
+
+    return re.sub(r"^\|.*(?:\n\|.*)*", table, text, flags=re.MULTILINE)
+
+
+def _digits(number: str, digits: int, power: bool) -> str:
+    """Write a number with so many significant digits, as a power of ten or without."""
+    if not float(number):
+        return "0"
+    mantissa, exponent = f"{float(number):.{digits - 1}e}".split("e")
+    if power:
+        raised = str(int(exponent)).translate(
+            str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+        )
+        return f"{mantissa}·10{raised}"
+    return f"{float(number):,.{max(digits - 1 - int(exponent), 0)}f}"

@@ -35,7 +35,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -53,7 +54,9 @@ VERDICTS = (HOLDS, CORRECTED, FALSE, NEW)
 PAPERS = ("LGL2O", "GL2O", "Meta Guard", "STAR", "Training techniques", "this book")
 
 
-FORMULA_WIDTH = 56  # characters of a displayed formula in one line
+FORMULA_WIDTH = 34.0  # em of a line of a displayed formula; the column has 36.8
+_ROW = r"\\[0.7ex]"  # the end of a row in a matrix with fractions
+LONG_NUMBER = 7  # digits; an exact number with more of them is shown rounded
 _SIGNS = {
     "==": "=",
     "!=": r"\ne",
@@ -112,36 +115,144 @@ def _excess(statement: Relational) -> sp.Expr:
 
 
 def _tex(expression: object) -> str:
-    return sp.latex(expression, mul_symbol=None, fold_short_frac=False)
+    tex: str = sp.latex(expression, mul_symbol=None, fold_short_frac=False)
+    return tex.replace(r"\\", _ROW) if r"\frac" in tex else tex  # or rows touch
 
 
-def _width(tex: str) -> int:
-    """Return about how many characters wide a formula is when it is typeset."""
-    text = re.sub(r"\\(?!frac)(?:left|right|begin|end|[a-z]*space)\b", "", tex)
-    text = re.sub(r"\{\[?[bp]?matrix\}\]?", "", text)
-    text = re.sub(r"\\(?!frac)[a-zA-Z]+|\\[^a-zA-Z]", "x", text.replace(" ", ""))
-    while (plain := re.sub(r"(?<![}c])\{([^{}]*)\}(?!\{)", r"\1", text)) != text or (
-        plain := re.sub(
-            r"\\frac\{([^{}]*)\}\{([^{}]*)\}", lambda m: max(m[1], m[2], key=len), text
-        )
-    ) != text:
-        text = plain
-    return len(text)
+def _rounded(value: sp.Basic) -> str:
+    """Return an exact number to four digits, if it is too long to be read, or ''."""
+    parts = [
+        part for number in value.atoms(sp.Rational) for part in number.as_numer_denom()
+    ]
+    if not value.is_number or all(abs(part) < 10**LONG_NUMBER for part in parts):
+        return ""
+    return f"\\approx {_tex(sp.N(value, 4))}"
+
+
+# --- layout of formulas --------------------------------------------------------------
+
+_ATOM = re.compile(r"\\[a-zA-Z]+|\\.|\S")
+_MATRIX = re.compile(r"\\begin\{matrix\}(.*?)\\end\{matrix\}")
+_RELATIONS = frozenset(r"= < > \le \leq \ge \geq \ne \neq \to \in".split())
+_SIZES = (1.0, 1.0, 0.7, 0.5)  # in a display, in text, in a script, in its script
+_LETTER = 0.52
+_EMS = {
+    **dict.fromkeys((r"\limits", r"\substack", r"\tilde", r"\bar", r"\hat"), 0.0),
+    # the space beside a bracket
+    **dict.fromkeys((r"\left", r"\right", r"\biggl", r"\biggr"), 0.2),
+    **dict.fromkeys(("(", ")", "[", "]", "|", ".", ",", r"\,"), 0.4),
+    **dict.fromkeys((r"\quad", r"\sqrt", r"\int", r"\infty"), 1.0),
+    **dict.fromkeys((r"\lim", r"\sum", r"\log", r"\sin", r"\cos"), 1.45),
+    **dict.fromkeys((r"\min", r"\max"), 1.8),
+}  # a Greek letter has 0.6
+
+
+def _width(tex: str, level: int = 0) -> float:
+    """Return about how many em wide a formula is; its size is that of the level."""
+
+    def block(matrix: re.Match[str]) -> str:
+        text = matrix[1].replace(_ROW, r"\\")
+        rows = [row.split("&") for row in text.split(r"\\")]
+        columns = [
+            max(_width(cell, max(level, 1)) for cell in column)
+            for column in zip(*rows, strict=True)
+        ]
+        return "x" * round((sum(columns) + len(columns) - 1) / _LETTER)
+
+    return _measure(deque(_ATOM.findall(_MATRIX.sub(block, tex))), level)
+
+
+def _measure(atoms: deque[str], level: int) -> float:
+    """Measure the atoms up to the brace that closes the group."""
+    size, spaced = _SIZES[level], level < 2
+    width, before, script = 0.0, "", 0.0
+    while atoms and (atom := atoms.popleft()) != "}":
+        if atom in ("_", "^"):
+            wide = _argument(atoms, min(max(level, 1) + 1, 3))
+            if before in (r"\lim", r"\sum"):  # above or below it, not beside
+                wide -= _EMS[before] * size
+            width, script = width + max(wide - script, 0.0), max(wide, script)
+            continue
+        script = 0.0
+        if atom == "{":
+            width += _measure(atoms, level)
+        elif atom in (r"\frac", r"\binom"):
+            inner = min(level + 1, 3)
+            parts = [_argument(atoms, inner), _argument(atoms, inner)]
+            width += max(parts) + (0.3 if atom == r"\frac" else 1.0) * size
+        elif atom in _RELATIONS:
+            width += 0.8 * size + 0.56 * spaced
+        elif atom in ("+", "-"):
+            binary = before not in ("", "(", "[") and before not in _RELATIONS
+            width += 0.8 * size + 0.44 * (spaced and binary)
+        elif atom.isalnum():
+            width += (0.74 if atom.isupper() else _LETTER) * size
+        else:
+            width += _EMS.get(atom, 0.6) * size
+        before = before if atom == r"\limits" else atom
+    return width
+
+
+def _argument(atoms: deque[str], level: int) -> float:
+    first = atoms.popleft() if atoms else ""
+    return _measure(atoms if first == "{" else deque([first]), level)
+
+
+_BRACKETS = re.compile(r"(\\left\\?.|\\right\\?.)")
+_MARKS = re.compile(_BRACKETS.pattern[:-1] + "|[{}]| [+-] )")
+
+
+def _split(tex: str, depth: int, factors: bool) -> list[str]:
+    """Cut a formula before the signs, or factors, that stand in `depth` brackets."""
+    pieces, opened, closed = [""], 0, 0
+    for place, part in enumerate(_MARKS.split(tex)):
+        if place % 2 and not closed and opened <= depth:
+            if part in (" + ", " - "):
+                pieces.append("")
+            elif factors and part == r"\left(" and pieces[-1].endswith(r"\right) "):
+                pieces.append(r" \cdot ")
+        pieces[-1] += part
+        if place % 2 and part.endswith(("(", ")")):
+            opened += 1 if part == r"\left(" else -1
+        elif place % 2 and part not in (" + ", " - "):
+            closed += 1 if part == "{" or part.startswith(r"\left") else -1
+    return pieces
+
+
+def _pieces(tex: str, level: int = 0) -> Iterator[str]:
+    """Yield pieces that fit a line, cut in as few brackets as will do."""
+    for piece in _split(tex, level // 2, factors=level % 2 == 1):
+        if level < 4 and _width(piece) > FORMULA_WIDTH - _EMS[r"\quad"]:
+            yield from _pieces(piece, level + 1)
+        else:
+            yield piece
 
 
 def _lines(side: sp.Basic, before: str = "") -> list[str]:
-    """Return a side of a relation as lines that fit the page, broken at its terms."""
-    if not isinstance(side, sp.Add) or _width(_tex(side)) <= FORMULA_WIDTH:
-        return [before + _tex(side)]
+    """Return a side of a relation as lines that fit the page."""
     lines = [before]
-    for place, term in enumerate(side.as_ordered_terms()):
-        text = f"({_tex(term)})" if isinstance(term, sp.Add) else _tex(term)
-        if place and not text.startswith("-"):
-            text = f"+ {text}"
-        if place and _width(lines[-1] + text) > FORMULA_WIDTH:
-            lines.append("\\quad ")
-        lines[-1] += f" {text}"
-    return lines
+    for place, piece in enumerate(_pieces(_tex(side))):
+        if place and _width(lines[-1] + piece) > FORMULA_WIDTH:
+            lines.append(r"\quad {}")
+        lines[-1] += piece
+    return [_sized(line) for line in lines]
+
+
+def _sized(line: str) -> str:
+    """Give a fixed size to brackets whose partner is on another line."""
+    parts = _BRACKETS.split(line)
+    waiting: list[int] = []
+    for place, part in enumerate(parts):
+        if part.startswith(r"\left"):
+            waiting.append(place)
+        elif part.startswith(r"\right"):
+            if waiting:
+                waiting.pop()
+            else:
+                parts[place] = r"\biggr)"
+    for place in waiting:
+        parts[place] = r"\biggl("
+    return "".join(parts)
 
 
 def _formula(statement: sp.Basic) -> str:
@@ -151,8 +262,22 @@ def _formula(statement: sp.Basic) -> str:
         return tex
     sign = _SIGNS[statement.rel_op]
     lines = [*_lines(statement.lhs), *_lines(statement.rhs, f"{sign} ")]
-    rows = " \\\\\n& ".join(lines)
+    rows = " \\\\[1ex]\n& ".join(lines)
     return f"\\begin{{aligned}}\n& {rows}\n\\end{{aligned}}"
+
+
+_PUNCTUATED = re.compile(r"\$\$.*?\$\$|\$([^$]+)\$([.,;:]+\)?)?", re.DOTALL)
+
+
+def _joined(text: str) -> str:
+    """Take punctuation behind a formula into it, or a line may begin with it."""
+
+    def join(found: re.Match[str]) -> str:
+        if not found[2]:
+            return found[0]
+        return f"${found[1]}{found[2].replace(':', '{:}')}$"
+
+    return _PUNCTUATED.sub(join, text)
 
 
 # --- deciding zero and sign ----------------------------------------------------------
@@ -282,6 +407,9 @@ def _require(condition: object, message: str) -> None:
         raise ProofError(message)
 
 
+_ROUNDED = " (rounded here, exact in the check)"
+
+
 def _given_tex(given: Sequence[Relational]) -> str:
     return f" for ${', '.join(_tex(g) for g in given)}$" if given else ""
 
@@ -327,8 +455,10 @@ class Sign:
             else _tex(term)
             for term in self.terms
         )
-        sides = f"larger side minus smaller side is $\\displaystyle {gap}$"
-        return f"{sides}, of known sign{_given_tex(self.given)}"
+        short = _rounded(sp.Add(*self.terms))
+        sides = f"larger side minus smaller side is $\\displaystyle {short or gap}$"
+        note = _ROUNDED if short else ""
+        return f"{sides}{note}, of known sign{_given_tex(self.given)}"
 
 
 @dataclass(frozen=True)
@@ -459,9 +589,13 @@ class Evaluation:
 
     def how(self) -> str:
         point = ", ".join(f"{_tex(k)} = {_tex(v)}" for k, v in self.at.items())
-        left, right = map(_tex, self.values)
+        left, right = (_rounded(value) or _tex(value) for value in self.values)
         where = f"at ${point}$ " if point else ""
-        return f"exact arithmetic: {where}the sides are ${left}$ and ${right}$"
+        sides = f"the sides are ${left}$ and ${right}$"
+        if self.values[0] == self.values[1]:
+            sides = f"both sides are ${left}$"
+        note = _ROUNDED if any(map(_rounded, self.values)) else ""
+        return f"exact arithmetic: {where}{sides}{note}"
 
 
 # --- theorems ------------------------------------------------------------------------
@@ -517,6 +651,9 @@ class Step:
         return f"<step {self.tag or ''} {self.name}: {self.kind}>"
 
     def _repr_markdown_(self) -> str:
+        return _joined(self._markdown())
+
+    def _markdown(self) -> str:
         tag = f" `[{self.tag}]`" if self.tag else ""
         if self.kind == "prose":
             return f"**{self.name}.** {self.text} *(Argued in prose.)*"
@@ -590,6 +727,8 @@ class Theorem:
             raise ValueError(f"{self.name}: what is right?")
         if self.verdict in (CORRECTED, FALSE) and not self.slip:
             raise ValueError(f"{self.name}: what is wrong, in one line?")
+        for text in ("printed", "corrected", "slip"):
+            setattr(self, text, _joined(getattr(self, text)))
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.verdict}>"
@@ -755,7 +894,9 @@ class Theorem:
             right = {NEW: "Statement", HOLDS: "Remark"}
             word = right.get(self.verdict, "What is right")
             lines.append(f"*{word}.* {self.corrected}")
-        return "\n\n".join(lines)
+        # a quotation sets the statement off from the steps of its proof
+        text = "\n\n".join(lines)
+        return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
 
 
 # --- chapters ------------------------------------------------------------------------
