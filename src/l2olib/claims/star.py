@@ -397,7 +397,7 @@ ROWS: tuple[Claim, ...] = (
     Claim(
         "S33",
         _BEYOND,
-        "ours, on S24; written before these runs",
+        "ours, on S24; written before the coin's runs",
         "The guard's worth is in its choice: with a fair coin in its place the loss "
         "ends higher, of STAR as of Blackbox",
         tuple(
@@ -408,7 +408,7 @@ ROWS: tuple[Claim, ...] = (
     Claim(
         "S34",
         _BEYOND,
-        "ours, on S24; written before these runs",
+        "ours, on S24; written before the runs that hand over",
         "Who hands over to Adam at the horizon has, of Blackbox, what the guard has or "
         "better; of STAR the guard ends lower",
         (
