@@ -262,7 +262,7 @@ def test_star_from_meta_training_to_curves(monkeypatch, tmp_path):
             folder = tmp_path / "data" / "optimizers"
             run.execute(checkpoint=False).save(folder / f"{run.name}.safetensors.gz")
     found, stopped = (
-        r.execute(checkpoint=False).arrays for r in runs("star.long", "smoke")
+        r.execute(checkpoint=False).arrays for r in runs("star.long", "smoke")[:2]
     )
     assert found["steps"][-1] == 50 and found["loss"].isfinite().all()
     # the same weights, and the same steps up to where the clock stops
