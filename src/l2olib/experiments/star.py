@@ -641,12 +641,12 @@ def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str,
     for variant in ("STAR 0.5", "Blackbox"):
         of = star_training(profile, variant)
         guard = LGL2O(of.optimizer, adam.optimizer)
-        horizon = Switch(of.optimizer, adam.optimizer, 50 if smoke else 2_000)
+        switch = Switch(of.optimizer, adam.optimizer, at=of.rollout)
         methods = {
             variant: Alone(of.optimizer),
             f"LGL2O of {variant}": guard,
             f"coin of {variant}": replace(guard, test=Coin()),
-            f"{variant} then Adam": horizon,
+            f"{variant} then Adam": switch,
         }
         weights = star_weights("mlp", variant, 0, profile) + BEST
         same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
@@ -835,7 +835,7 @@ ENTRIES = [
     ),
     Experiment(
         "star.long",
-        "Fashion-MNIST: STAR for a hundred times that horizon",
+        "Fashion-MNIST: STAR and Adam for a hundred times that horizon",
         "10b-beyond-the-horizon",
         _star_long,
     ),
