@@ -228,6 +228,15 @@ def test_divergence_on_curves_drawn_by_hand():
     assert when["falls"] == when["bump"] == 0
 
 
+def test_divergence_in_words():
+    some = run(torch.stack([torch.ones(10_000), falling_then(3.0, at=500)]))
+    onset = int(divergence(some)[1][1])
+    assert claims.diverging(some) == f"1 of 2, {onset:,}"
+    assert claims.diverging(some, since=False) == "1 of 2"
+    assert claims.diverging(run(torch.ones(3, 10_000))) == "0 of 3"
+    assert claims.diverging(run(torch.ones(3, 100))) == ""
+
+
 def test_divergence_needs_smoothed_losses():
     with pytest.raises(NotTestable, match="end before step 300"):
         divergence(run(torch.ones(2, 200)))

@@ -174,6 +174,18 @@ def divergence(arrays: Arrays) -> tuple[Tensor, Tensor]:
     return diverged, torch.where(diverged, onset, torch.zeros_like(onset))
 
 
+def diverging(arrays: Arrays, since: bool = True) -> str:
+    """How many seeds diverge, and from which step on in the median: "3 of 5, 3,969".
+
+    Nothing of a run that is too short to tell; without ``since`` only how many.
+    """
+    if int(arrays["steps"][-1]) < BURN_IN:
+        return ""
+    lost, onset = divergence(arrays)
+    found = f"{int(lost.sum())} of {len(lost)}"
+    return f"{found}, {median(onset[lost]):,.0f}" if since and lost.any() else found
+
+
 def _method(curves: Curves, name: str) -> Arrays:
     if name not in curves:
         raise NotRecorded(f"there is no record of {name}")

@@ -19,7 +19,7 @@ from ..metatrain.truncated import LearningCurve, MetaWork
 from ..optimizees import Layout
 from ..optimizers import Meta, Wrapped
 from ..records import Record, RecordError, elapsed
-from ..train import BURN_IN, Training, drive, repeatable
+from ..train import Training, drive, repeatable
 from ..tuning import (
     Chosen,
 )
@@ -551,15 +551,12 @@ def summary(curves: claims.Curves) -> str:
         error = claims.median(a["test_error"][:, -1]).item()
         cells += [f"{error:.1%}" if math.isfinite(error) else ""]
         cells += [f"{a['flops'].mean() / 1e6:.3g}"]
-        accepted = diverged = ""
+        accepted = ""
         if "use_l2o" in a:
             everything = (0, int(a["decisions"][-1]))
             share = claims.window_mean(a, everything, "use_l2o", "decisions").mean()
             accepted = f"{share:.1%}"
-        if int(a["steps"][-1]) > BURN_IN:
-            found = claims.divergence(a)[0]
-            diverged = f"{int(found.sum())} of {len(found)}"
-        cells += [accepted] * guards + [diverged]
+        cells += [accepted] * guards + [claims.diverging(a, since=False)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     end = int(a["steps"][-1])
     note = f"After {end:,} steps: medians over seeds, losses in nat"
