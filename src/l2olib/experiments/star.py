@@ -490,9 +490,9 @@ def _star_stability(
 ) -> Iterable[tuple[str, Any]]:
     """Learned optimizers where they were meta-trained, and Adam; up to the horizon."""
     smoke = profile == "smoke"
-    size: dict[str, Any] = {"steps": 50} if smoke else {"steps": 2_000}
+    size: dict[str, Any] = {"steps": 10} if smoke else {"steps": 2_000}
     size |= {"seeds": seeds or (1 if smoke else 5), "replicas": 1}
-    size |= {"segment": 50, "evaluations": 1 if smoke else 10}
+    size |= {"segment": 10 if smoke else 50, "evaluations": 1 if smoke else 10}
     runs = list(star_tests(profile, STAR_FIG3, 1, **size))
     of = star_training(profile)
     same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
@@ -578,7 +578,7 @@ def _star_heads(profile: str, seeds: int | None = None) -> Iterable[tuple[str, A
     """What the networks answer up to the horizon, and would at later steps."""
     smoke = profile == "smoke"
     count = seeds or 2
-    size: dict[str, Any] = {"steps": 50 if smoke else 2_000, "segment": 10}
+    size: dict[str, Any] = {"steps": 20 if smoke else 2_000, "segment": 10}
     size |= {"evaluations": 3, "seeds": count, "replicas": count}
     kinds = {"": 1} if smoke else {"": 1, "app": APPENDIX_ZETAS[profile]}
     for kind, zetas in kinds.items():
@@ -590,7 +590,8 @@ def _star_heads(profile: str, seeds: int | None = None) -> Iterable[tuple[str, A
 def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
     """The optimizers of Fig. 3c again: what becomes of weights without a gradient."""
     smoke = profile == "smoke"
-    size = STAR_TEST[profile] | ({} if smoke else {"steps": 20_000, "evaluations": 12})
+    longer = {"steps": 20_000, "evaluations": 12}
+    size = STAR_TEST[profile] | ({"steps": 30} if smoke else longer)
     count = seeds or (2 if smoke else 5)
     size |= {"seeds": count, "replicas": count}
     runs = list(star_tests(profile, STAR_FIG3, 1, **size))
@@ -633,7 +634,7 @@ def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str,
     horizon of the meta-training.
     """
     smoke = profile == "smoke"
-    setting = STAR_TEST[profile] | {"steps": 100 if smoke else 10_000}
+    setting = STAR_TEST[profile] | {"steps": 50 if smoke else 10_000}
     setting |= {"sample": 32 if smoke else 2_000}
     if seeds is not None:
         setting |= {"seeds": seeds}
