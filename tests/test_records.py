@@ -314,7 +314,13 @@ def test_a_long_provenance_line_counts_commits():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.25, "0.25 s"), (90, "1.5 min"), (5_400, "1.5 h"), (3.6e6, "1,000 h")],
+    [
+        (0.25, "0.25 s"),
+        (90, "1.5 min"),
+        (5_400, "1.5 h"),
+        (3.6e6, "1,000 h"),
+        (6e7, "1.9 years"),
+    ],
 )
 def test_durations(seconds, text):
     assert records.elapsed(seconds) == text

@@ -26,7 +26,6 @@ from sphinxcontrib.bibtex.style.referencing import PersonStyle
 SCRIPT = "tex-mml-chtml.js"
 FONTS = "output/chtml/fonts/woff-v2"
 INDEX = "book/index"
-YEAR = 365.25 * 24  # hours
 PERSONS = PersonStyle()
 
 # What no line of a table may break: a number with its sign, exponent and unit, two of
@@ -135,19 +134,7 @@ def list_experiments(app: Sphinx, page: str, source: list[str]) -> None:
     if page == INDEX:
         from l2olib.experiments import table
 
-        text = re.sub(r"(?:about )?\b([\d.,]+) (min|h)\b", in_words, table())
-        text = re.sub(r"\b0 of (\d+) runs; the rest", r"0 of \1 runs;", text)
-        source[0] = source[0].replace("<!-- experiments -->", text)
-
-
-def in_words(duration: re.Match[str]) -> str:
-    """Say a duration that no reader can picture otherwise: too short, or too long."""
-    value, unit = float(duration[1].replace(",", "")), duration[2]
-    if unit == "min" and value < 1:
-        return "under a minute"
-    if unit == "h" and value > YEAR:
-        return duration[0].replace(f"{duration[1]} h", f"{value / YEAR:.1f} years")
-    return duration[0]
+        source[0] = source[0].replace("<!-- experiments -->", table())
 
 
 def mark_cells(app: Sphinx, doctree: nodes.document, page: str) -> None:

@@ -322,8 +322,13 @@ def provenance(*, device: str, seconds: float, compiled: bool, **more: Any) -> d
     }
 
 
+_YEAR = 365.25 * 86_400
+
+
 def elapsed(seconds: float) -> str:
-    """A duration to two digits at least, in seconds, minutes or hours."""
+    """A duration to two digits at least, in seconds, minutes, hours or years."""
+    if seconds >= _YEAR:
+        return f"{seconds / _YEAR:.1f} years"
     if seconds >= 360_000:
         return f"{seconds / 3600:,.0f} h"
     if seconds >= 3600:

@@ -841,10 +841,8 @@ class StepsInside:
         share = (largest <= self.bound).double().mean().item()
         beyond = median(largest).item() - 1
         side = "above" if beyond > 0 else "below"
-        text = (
-            f"{share:.0%} of seeds inside, largest modulus {abs(beyond):.2g} {side} 1"
-        )
-        text += " (median)"
+        text = f"{share:.0%} of seeds inside, largest modulus (median) "
+        text += f"{abs(beyond):.2g} {side} 1"
         return Outcome(share >= 0.8 if self.expected else share <= 0.2, None, text)
 
     def __str__(self) -> str:

@@ -401,9 +401,8 @@ def table() -> str:
             estimated = sum(run.work.seconds() for run in done)
             left = sum(run.work.seconds() for run in runs) - estimated
             left *= spent / estimated if done else 1.0
-            cells.append(
-                f"{len(done)} of {len(runs)} runs; the rest about {elapsed(left)}"
-            )
+            rest = "the rest about" if done else "about"
+            cells.append(f"{len(done)} of {len(runs)} runs; {rest} {elapsed(left)}")
         chapter = f"{{doc}}`{entry.chapter}`"
         lines.append(
             f"| `{entry.id}` | {entry.title} | {chapter} | {' | '.join(cells)} |"
