@@ -96,12 +96,15 @@ def report(*patterns: str) -> list[Verdict]:
 
 
 def robustness() -> list[Settled]:
-    """Tests of LGL2O under its open details, from committed records; see ``settle``."""
+    """Tests of LGL2O and GL2O under open details, from records; see ``settle``."""
     from .. import experiments
 
     rows = [c for c in LEDGER if c.id[0] in "BC" and not c.source.startswith("ours")]
     read = functools.cache(experiments.evidence)
-    return settle(rows, lgl2o.DETAILS, "LGL2O", read)
+    return [
+        *settle(rows, lgl2o.DETAILS, "LGL2O", read),
+        *settle(rows, lgl2o.GL2O_DETAILS, "GL2O", read),
+    ]
 
 
 def markdown(verdicts: Iterable[Verdict]) -> str:

@@ -779,3 +779,10 @@ DETAILS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Open details of LGL2O settled otherwise, as :func:`~.verdicts.settle` reads them: on
 three problems at full length, on Circles up to step 10,000, on Conv3 up to 2,000."""
+
+GL2O_DETAILS: dict[str, dict[str, tuple[str, str]]] = {
+    "weight 0.1 on the newest residual": {
+        _FIG3: ("lgl2o.readings", "GL2O weight 0.1"),
+    },
+}
+"""Likewise of GL2O, over the first thousand steps on MNIST."""

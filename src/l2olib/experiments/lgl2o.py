@@ -474,6 +474,7 @@ def _failures(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any
                 "L2O",
                 "LGL2O",
                 "LGL2O reset",
+                "LGL2O margin",
                 "LGL2O reset, sequential",
                 "LGL2O reset, lazy",
                 "LGL2O shadow",
@@ -559,6 +560,20 @@ def _details(profile: str) -> Iterable[tuple[str, Any]]:
     return trainings(methods, L2O, **setting)
 
 
+def _readings(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+    """The first thousand steps of Fig. 3, with the other reading of GL2O's constant and
+    with LGL2O's criterion free of noise."""
+    figure = FIGURES["lgl2o.fig3"]
+    methods = lgl2o_methods(**figure.options, full_loss=True)
+    names = ("L2O", "SGD", "LGL2O", "LGL2O full loss", "GL2O")
+    chosen = {name: methods[name] for name in names}
+    chosen["GL2O weight 0.1"] = replace(chosen["GL2O"], sequence=MovingAverage(0.1))
+    setting = figure.setting(profile, seeds)
+    if profile == "laptop":
+        setting["steps"] = 1_000
+    return trainings(chosen, L2O, **setting)
+
+
 RELEASED: dict[str, dict[str, Any]] = {
     "smoke": {"steps": 100, "segment": 10, "evaluations": 4},
     "laptop": {"steps": 3_000, "replicas": 8},
@@ -567,16 +582,23 @@ RELEASED: dict[str, dict[str, Any]] = {
 
 
 def _released(profile: str) -> Iterable[tuple[str, Any]]:
-    """From where the methods of Fig. 3 are: the guards' fallback alone."""
-    figure = FIGURES["lgl2o.fig3"]
-    methods = lgl2o_methods(**figure.options)
-    whole = figure.setting(profile) | RELEASED[profile]
-    small = whole | figure.setting("smoke") | {"segment": 50, "steps": 1_000}
-    ahead = 20 if profile == "smoke" else 300
-    for prefix, setting, names in (
-        ("", whole, ("LGL2O", "LGL2O reset", "SGD")),
-        ("digits, ", small, ("LGL2O", "SGD") if profile != "smoke" else ()),
-    ):
+    """From where the methods of Figs. 3 and 5 are: the guards' fallback alone.
+
+    On Spirals for longer, since there SGD needs thousands of steps to begin with.
+    """
+    fig3, fig5 = FIGURES["lgl2o.fig3"], FIGURES["lgl2o.fig5"]
+    whole = fig3.setting(profile) | RELEASED[profile]
+    small = whole | fig3.setting("smoke") | {"segment": 50, "steps": 1_000}
+    spirals = fig5.setting(profile) | {"steps": 16_000, "evaluations": 16}
+    parts = [
+        (fig3, "", whole, ("LGL2O", "LGL2O reset", "SGD"), 300),
+        (fig3, "digits, ", small, ("LGL2O", "SGD"), 300),
+        (fig5, "spirals, ", spirals, ("LGL2O", "SGD"), 6_000),
+    ]
+    if profile == "smoke":
+        parts = [(*parts[0][:-1], 20)]
+    for figure, prefix, setting, names, ahead in parts:
+        methods = lgl2o_methods(**figure.options)
         chosen = {f"{prefix}{name}": methods[name] for name in names}
         for name, work in trainings(chosen, L2O, **setting):
             after = methods["LGL2O"].fallback
@@ -757,8 +779,14 @@ ENTRIES = [
         _details,
     ),
     Experiment(
+        "lgl2o.readings",
+        "MNIST, MLP: GL2O's other constant, and LGL2O on the whole training set",
+        "04-gradient-guard",
+        _readings,
+    ),
+    Experiment(
         "ours.released",
-        "MNIST, MLP: how far SGD alone gets from where LGL2O is",
+        "MNIST, Digits, Spirals: how far SGD alone gets from where LGL2O is",
         "02-loss-guard",
         _released,
     ),
