@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import claims, records
+from .. import chapters, claims, records
 from ..data import find_root, load
 from ..metatrain.estimates import NetworkEstimates
 from ..metatrain.truncated import LearningCurve, MetaWork
@@ -20,11 +20,10 @@ from ..optimizees import Layout
 from ..optimizers import Meta, Wrapped
 from ..records import Record, RecordError, elapsed
 from ..train import Training, drive, repeatable
-from ..tuning import (
-    Chosen,
-)
+from ..tuning import Chosen
 
-PROFILES = ("smoke", "laptop", "paper")
+PROFILES = chapters.PROFILES[1:]
+"""What can be computed: all that a chapter can do but load what is committed."""
 
 
 class ExperimentError(Exception):
