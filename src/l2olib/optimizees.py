@@ -33,6 +33,11 @@ class Layout:
 
     shapes: dict[str, tuple[int, ...]]
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout of these tensors, in their order."""
+        return cls({name: tuple(value.shape) for name, value in tensors.items()})
+
     @property
     def sizes(self) -> dict[str, int]:
         return {name: math.prod(shape) for name, shape in self.shapes.items()}

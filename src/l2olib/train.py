@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from . import records
 from .data import DataError, load, train_indices, valid_indices
-from .optimizees import Task, check_built_for
+from .optimizees import Layout, Task, check_built_for
 from .optimizers import Meta, Optimizer, State, check_least
 
 RATE, OVERHEAD = 1.6e10, 6e-4
@@ -549,10 +549,6 @@ class Training:
         return log_spaced(self.segment, self.steps, self.evaluations, self.segment)
 
 
-def _shapes(meta: Meta) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in meta.items()}
-
-
 CANDIDATES = ("full_proposal", "full_fallback")
 """The true losses of an audited decision's two candidates."""
 
@@ -576,10 +572,11 @@ class TrainingJob:
                     f"the {role} is a learned optimizer without weights: give it those "
                     "of a meta-training, or optimizer.init_meta(seed)"
                 )
-            if _shapes(wanted) != _shapes(given):
+            own, other = Layout.of(wanted).shapes, Layout.of(given).shapes
+            if own != other:
                 raise ValueError(
-                    f"these weights are not for the {role}: it has "
-                    f"{_shapes(wanted)}, they have {_shapes(given)}"
+                    f"these weights are not for the {role}: it has {own}, they have "
+                    f"{other}"
                 )
         self.task = Task(c.optimizee, load(c.data, device=self.device))
         if c.batch > self.task.items:

@@ -294,8 +294,7 @@ def trained(name: str, layout: Layout | None = None) -> tuple[Any, Meta]:
 def _meta(record: Record, optimizer: Any, best: bool) -> Meta:
     """Take meta-parameters from a record, of its end or of its best snapshot."""
     if best:
-        meta = optimizer.init_meta(0)
-        layout = Layout({name: tuple(v.shape) for name, v in meta.items()})
+        layout = Layout.of(optimizer.init_meta(0))
         return layout.views(record.arrays["snapshots"][best_snapshot(record)])
     return {
         k.removeprefix("meta."): v

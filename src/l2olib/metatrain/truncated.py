@@ -130,8 +130,7 @@ class MetaWork:
     @property
     def layout(self) -> Layout:
         """Layout of the meta-parameters as one vector."""
-        meta = self.optimizer.init_meta(self.seed)
-        return Layout({k: tuple(v.shape) for k, v in meta.items()})
+        return Layout.of(self.optimizer.init_meta(self.seed))
 
     @property
     def seeds(self) -> tuple[int]:
@@ -380,7 +379,7 @@ class LearningCurveJob:
         c = self.config
         self.task = Task(c.optimizee, load(c.data, device=self.device))
         drawn = [c.optimizer.init_meta(TRAINING + seed) for seed in c.seeds]
-        self.layout = Layout({k: tuple(v.shape) for k, v in drawn[0].items()})
+        self.layout = Layout.of(drawn[0])
         if self.trained is None:
             self.rollouts = torch.tensor([0])
             metas = torch.stack([self.layout.flatten(meta) for meta in drawn])[None]
