@@ -120,19 +120,19 @@ def test_weights_of_a_dead_unit_are_idle_and_cutting_them_changes_little():
     )  # fmt: skip
     job = work.job("cpu", False, {"optimizer": {}})
     method = job.start()["method"]
-    before = job.measure(method, 10)
+    before = work.measure(job, method, 10)
     layout = work.optimizee.layout
     views = layout.views(method["params"][0].clone())
     views["b0"][3] = -100.0
     views["w1"][3] *= 50.0  # it would speak loudly
     dead = torch.cat([v.flatten() for v in views.values()])[None]
-    found = job.measure(method | {"params": dead}, 10)
+    found = work.measure(job, method | {"params": dead}, 10)
     added = (64 + 1 + 10) / layout.n  # some of them may have been idle before
     assert 0.5 * added < (found["idle"] - before["idle"]).item() <= added
     assert found["growth"] > 10
     views["b1"][0] = math.inf  # some other weight has diverged
     torn = torch.cat([v.flatten() for v in views.values()])[None]
-    assert job.measure(method | {"params": torn}, 10)["growth"].isfinite()
+    assert work.measure(job, method | {"params": torn}, 10)["growth"].isfinite()
     for look in (before, found):
         full, pruned = look["full_loss"].item(), look["pruned.full_loss"].item()
         assert pruned == pytest.approx(full, rel=1e-3)

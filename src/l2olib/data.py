@@ -800,6 +800,15 @@ def train_indices(
     return torch.cat(parts)
 
 
+def train_batches(
+    n: int, batch: int, seeds: Iterable[int], start: int, count: int, device: Device
+) -> Tensor:
+    """Return :func:`train_indices` of several streams: [len(seeds), count, batch]."""
+    return torch.stack(
+        [train_indices(n, batch, s, start, count, device=device) for s in seeds]
+    )
+
+
 def valid_indices(
     n: int,
     batch: int,

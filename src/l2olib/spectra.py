@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .optimizees import Task
 from .optimizers import Meta, Optimizer, State
-from .train import Metas, Trace, Training, TrainingJob
+from .train import Trace, Training, TrainingJob
 
 
 def step_map(
@@ -152,33 +152,21 @@ class Linearised(Training):
         if not hasattr(self.method, "optimizer"):
             raise ValueError("the method must be one optimizer alone, not a guard")
 
-    def job(self, device: str, compile: bool, metas: Metas) -> LinearisedJob:
-        return LinearisedJob(self, metas, device, compile)
-
-
-@dataclass
-class LinearisedJob(TrainingJob):
-    """The resumable computation of a :class:`Linearised`."""
-
-    config: Linearised
-
-    def measure(self, method: State, end: int) -> Trace:
-        c, found = self.config, super().measure(method, end)
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        task, found = job.task, super().measure(job, method, end)
         if not method["params"].isfinite().all():
-            blank = torch.full((1, c.size, 2), torch.nan)
+            blank = torch.full((1, self.size, 2), torch.nan)
             return found | {"ritz": blank, "residuals": blank[..., 0]}
         inner = pytree.tree_map(lambda v: v[0], method)
         step, point = step_map(
-            self.task,
-            c.method.optimizer,
-            {k: v.double() for k, v in self.metas["optimizer"].items()},
+            task,
+            self.method.optimizer,
+            {k: v.double() for k, v in job.metas["optimizer"].items()},
             inner["params"].double(),
             inner["optimizer"],
-            torch.arange(
-                min(c.sample or self.task.items, self.task.items), device=self.device
-            ),
+            torch.arange(min(self.sample or task.items, task.items), device=job.device),
         )
-        values, residuals = ritz_values(step, point, c.size)
+        values, residuals = ritz_values(step, point, self.size)
         return found | {
             "ritz": torch.view_as_real(values)[None].float(),
             "residuals": residuals[None].float(),

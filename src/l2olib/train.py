@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import records
-from .data import DataError, load, train_indices, valid_indices
+from .data import DataError, load, train_batches, valid_indices
 from .optimizees import Layout, Task, check_built_for
 from .optimizers import Meta, Optimizer, State, check_least
 
@@ -531,6 +531,10 @@ class Training:
     def job(self, device: str, compile: bool, metas: Metas) -> Job:
         return TrainingJob(self, metas, device, compile)
 
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        """What is recorded at a mark, from the method's state there: [R, ...] each."""
+        return {name: look(method["params"]) for name, look in job.looks.items()}
+
     def seconds(self) -> float:
         """Estimated time on one CPU core."""
         cost = self.method.cost(self.optimizee, self.batch, 50_000)
@@ -632,12 +636,7 @@ class TrainingJob:
     def batches(self, start: int) -> tuple[Tensor, Tensor | None]:
         """Item numbers of the segment at ``start``: training and validation."""
         c, n = self.config, self.task.items
-        train = torch.stack(
-            [
-                train_indices(n, c.batch, seed, start, c.segment, device=self.device)
-                for seed in c.group
-            ]
-        )
+        train = train_batches(n, c.batch, c.group, start, c.segment, self.device)
         if c.method.batches is None:
             return train, None
         n_c, mode = c.method.batches
@@ -677,10 +676,6 @@ class TrainingJob:
         series = [k for k in traces[-1] if k not in last]
         return state, {k: torch.cat([t[k] for t in traces], 1) for k in series} | last
 
-    def measure(self, method: State, end: int) -> Trace:
-        """What is recorded at a mark, from the method's state there: [R, ...] each."""
-        return {name: look(method["params"]) for name, look in self.looks.items()}
-
     @torch.no_grad()
     def advance(self, state: State) -> State:
         c, start = self.config, int(state["step"])
@@ -692,7 +687,7 @@ class TrainingJob:
             at = start // c.segment * width
             values[:, at : at + width] = trace[name].cpu()
         if end in c.marks:
-            for name, value in self.measure(method, end).items():
+            for name, value in c.measure(self, method, end).items():
                 shape = (c.replicas, len(c.marks), *value.shape[1:])
                 held = state["looks"].setdefault(name, torch.full(shape, torch.nan))
                 held[:, c.marks.index(end)] = value.cpu()
@@ -750,36 +745,22 @@ class Released(Training):
         if self.after is None or self.after.init_meta(0):
             raise ValueError("after must be an optimizer without weights, such as SGD")
 
-    def job(self, device: str, compile: bool, metas: Metas) -> Job:
-        return ReleasedJob(self, metas, device, compile)
-
-
-@dataclass
-class ReleasedJob(TrainingJob):
-    """The resumable computation of a :class:`Released`."""
-
-    config: Released
-
-    def measure(self, method: State, end: int) -> Trace:
-        c, alone = self.config, Alone(self.config.after)
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        alone = Alone(self.after)
 
         def piece(inner: State, batches: Tensor) -> State:
             metas: Metas = {"optimizer": {}}
-            return alone.segment(self.task, metas, inner, batches, None)[0]
+            return alone.segment(job.task, metas, inner, batches, None)[0]
 
         inner = torch.func.vmap(alone.init)(method["params"])
         inner["optimizer"]["step"].fill_(end)
-        for first in range(end, end + c.ahead, c.segment):
-            batches = [
-                train_indices(
-                    self.task.items, c.batch, seed, first, c.segment,
-                    device=self.device,
-                )
-                for seed in c.group
-            ]  # fmt: skip
-            inner = torch.func.vmap(piece)(inner, torch.stack(batches))
-        found = self.looks["full_loss"](inner["params"])
-        return super().measure(method, end) | {"released": found}
+        for first in range(end, end + self.ahead, self.segment):
+            batches = train_batches(
+                job.task.items, self.batch, self.group, first, self.segment, job.device
+            )
+            inner = torch.func.vmap(piece)(inner, batches)
+        found = job.looks["full_loss"](inner["params"])
+        return super().measure(job, method, end) | {"released": found}
 
 
 def shares(use: Tensor, ends: Tensor) -> Trace:

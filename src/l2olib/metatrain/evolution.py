@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..data import train_indices
+from ..data import train_batches
 from ..optimizees import check_built_for
 from ..optimizers import AdamW, Optimizer, State, constant
 from ..train import OVERHEAD, RATE, accelerated, inner_steps, ranks
@@ -453,16 +453,11 @@ class EvolutionJob(MetaJob):
     def batches(self, iteration: int) -> Tensor:
         """Item numbers ``[N, K, B]``; every pair reads a stream of its own."""
         c, k = self.config, self.config.estimator.truncation
-        streams = range(c.estimator.pairs)
-        return torch.stack(
-            [
-                train_indices(
-                    self.task.items, c.batch, TRAINING * (c.seed + 1) + pair,
-                    iteration * k, k, device=self.device,
-                )
-                for pair in streams
-            ]
-        )  # fmt: skip
+        first = TRAINING * (c.seed + 1)
+        streams = range(first, first + c.estimator.pairs)
+        return train_batches(
+            self.task.items, c.batch, streams, iteration * k, k, self.device
+        )
 
     def estimate(
         self, meta: Tensor, eps: Tensor, state: State, batches: Tensor

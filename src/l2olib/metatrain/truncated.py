@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..data import load, train_indices
+from ..data import load, train_batches, train_indices
 from ..optimizees import Layout, Task, check_built_for
-from ..optimizers import Adam, Meta, Optimizer, State, check_least, constant
+from ..optimizers import (
+    Adam,
+    Meta,
+    Optimizer,
+    State,
+    check_least,
+    constant,
+)
 from ..records import later
 from ..train import OVERHEAD, RATE, accelerated, compiled, inner_steps
 
@@ -417,12 +424,12 @@ class LearningCurveJob:
         c, k = self.config, int(state["done"])
         params = torch.stack([c.optimizee.init(s).to(self.device) for s in c.seeds])
         hidden = tree_map(lambda *x: torch.stack(x), *map(c.optimizer.init, params))
-        batches = [
-            train_indices(self.task.items, c.batch, s, 0, c.steps) for s in c.seeds
-        ]
+        batches = train_batches(
+            self.task.items, c.batch, c.seeds, 0, c.steps, self.device
+        )
         meta = self.metas[k].to(self.device)
         total = meta.new_zeros(len(c.seeds), dtype=torch.float64)
-        for idx in torch.stack(batches, 1).to(self.device):
+        for idx in batches.unbind(1):
             loss, params, hidden = self.step(meta, params, hidden, idx)
             total = total + cut(loss, c.ceiling, self.task.data.classes).double()
         state["objective"][:, k] = (total / c.steps).cpu()
