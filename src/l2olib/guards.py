@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .optimizees import Task
-from .optimizers import Meta, Optimizer, State, check_least
+from .optimizers import Optimizer, State, check_least
 from .records import later
-from .train import Cost, Trace, inner_steps
+from .train import Cost, Metas, Trace, inner_steps
 
-Metas = dict[str, Meta]
 Memory = Literal["carry", "revert", "reset"]
 
 
@@ -39,6 +38,11 @@ def finite(state: Any) -> Tensor | bool:
     """Whether every number of a state is finite (a scalar bool; True of no numbers)."""
     leaves = [x.isfinite().all() for x in tree_leaves(state)]
     return torch.stack(leaves).all() if leaves else True
+
+
+def _standard_error(delta: Tensor) -> Tensor:
+    """That of the mean of all of ``delta``."""
+    return delta.std() / delta.numel() ** 0.5
 
 
 # ---- tests of a noisy criterion ------------------------------------------------------
@@ -70,8 +74,7 @@ class Margin:
         self, delta: Tensor, apart: Tensor, state: State
     ) -> tuple[Tensor, State, Trace]:
         """Judge per-item differences ``delta [n_c, B]`` of candidates ``apart``."""
-        error = delta.std() / delta.numel() ** 0.5
-        return delta.mean() < -self.z * error, state, {}
+        return delta.mean() < -self.z * _standard_error(delta), state, {}
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,19 @@ class Coin:
 
 
 @dataclass(frozen=True)
-class LGL2O:
+class _OverTwo:
+    """What all methods of this module share."""
+
+    proposal: Optimizer
+    fallback: Optimizer
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"proposal": self.proposal, "fallback": self.fallback}
+
+
+@dataclass(frozen=True)
+class LGL2O(_OverTwo):
     """Loss-guarded L2O: n_t steps of both, then keep the one of lower validation loss.
 
     From the same point x, ``proposal`` and ``fallback`` each take ``n_t`` steps on the
@@ -181,8 +196,6 @@ class LGL2O:
     proposal's state is reset. A state that is not finite is never carried on.
     """
 
-    proposal: Optimizer
-    fallback: Optimizer
     n_t: int = 10
     n_c: int = 10
     validation: Literal["disjoint", "iid", "fixed", "full"] = "disjoint"
@@ -234,10 +247,6 @@ class LGL2O:
         more = () if self.test is None else self.test.traces
         names = ("use_l2o", "valid_l2o", "valid_fallback", "standard_error")
         return (*names, *more, *self.also)
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"proposal": self.proposal, "fallback": self.fallback}
 
     def init(self, params: Tensor) -> State:
         states = {role: opt.init(params) for role, opt in self.optimizers.items()}
@@ -359,7 +368,7 @@ class LGL2O:
         """Standard error of the mean of ``delta`` (0 for the full loss)."""
         if self.validation == "full":
             return torch.zeros_like(delta[0])
-        return delta.std() / delta.numel() ** 0.5
+        return _standard_error(delta)
 
     def _proposal_after(
         self, use: Tensor, stay: Tensor, start: State, end: State, x: Tensor
@@ -666,7 +675,7 @@ def _inside(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class GL2O:
+class GL2O(_OverTwo):
     """Residual-guarded L2O (Heaton et al., "Safeguarded Learned Convex Optimization").
 
     A proposal y is accepted when the fallback would hardly move it: with T(y) the
@@ -687,8 +696,6 @@ class GL2O:
     learned optimizer that is not finite is never carried on.
     """
 
-    proposal: Optimizer
-    fallback: Optimizer
     sequence: Any = MovingAverage()
     alpha: float = 0.99
     scaled: bool = True
@@ -714,14 +721,6 @@ class GL2O:
     @property
     def batches(self) -> tuple[int, str] | None:
         return (1, "disjoint") if self.fresh else None
-
-    @property
-    def traces(self) -> tuple[str, ...]:
-        return ("use_l2o", "residual", "bar")
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"proposal": self.proposal, "fallback": self.fallback}
 
     def init(self, params: Tensor) -> State:
         states = {role: opt.init(params) for role, opt in self.optimizers.items()}
@@ -815,7 +814,7 @@ class GL2O:
 
 
 @dataclass(frozen=True)
-class Switch:
+class Switch(_OverTwo):
     """The proposal for ``at`` steps, then the fallback for good; nothing is compared.
 
     A guard that does not beat it owes its success to the change of optimizer and not
@@ -823,28 +822,14 @@ class Switch:
     clock set to that step.
     """
 
-    proposal: Optimizer
-    fallback: Optimizer
     at: int = 100
+
+    interval = 1
+    batches = None
+    traces = ()
 
     def __post_init__(self) -> None:
         check_least(self, at=1)
-
-    @property
-    def interval(self) -> int:
-        return 1
-
-    @property
-    def batches(self) -> None:
-        return None
-
-    @property
-    def traces(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"proposal": self.proposal, "fallback": self.fallback}
 
     def init(self, params: Tensor) -> State:
         """Start with the proposal: the state names the optimizer at work."""

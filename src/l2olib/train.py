@@ -397,17 +397,9 @@ class Alone:
 
     optimizer: Optimizer
 
-    @property
-    def interval(self) -> int:
-        return 1
-
-    @property
-    def batches(self) -> None:
-        return None
-
-    @property
-    def traces(self) -> tuple[str, ...]:
-        return ()
+    interval = 1
+    batches = None
+    traces = ()
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
