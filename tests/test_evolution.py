@@ -312,7 +312,7 @@ def test_mistakes_are_named():
         PES(4, 5, 10, 0.0)
     with pytest.raises(ValueError, match="not 0 and 0.01"):
         PES(0, 5, 10)
-    with pytest.raises(ValueError, match="'free' or 'slot', not 'hard'"):
+    with pytest.raises(ValueError, match="^resets must be one of 'free', 'slot', not"):
         PES(4, 5, 10, resets="hard")
     with pytest.raises(ValueError, match="horizon, 10, not 11"):
         PES(4, 5, 10, offset=11)

@@ -104,7 +104,7 @@ def test_weights_that_nothing_reaches_can_grow():
 
 
 def test_a_look_at_no_items_is_refused():
-    with pytest.raises(ValueError, match="seen must be at least 1 item, not 0"):
+    with pytest.raises(ValueError, match="seen must be at least 1, not 0"):
         looks.Idle(
             optimizee=MLP((2, 4, 2)), data="moons", method=Alone(SGD(constant(0.1))),
             steps=10, seeds=(0,), segment=10, seen=0,

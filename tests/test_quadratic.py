@@ -156,6 +156,11 @@ def test_seeds_come_in_whole_batches():
         GradientVariance(tuple(range(7)), batches=5)
 
 
+def test_an_estimator_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="^estimator must be one of .*, not 'foo'"):
+        GradientVariance((0, 1), "foo", batches=1)
+
+
 @pytest.mark.parametrize("horizons", [(5, 2), (1, 1), (0, 2)])
 def test_horizons_ascend(horizons):
     with pytest.raises(ValueError, match="must be ascending, from 1 on"):

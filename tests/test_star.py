@@ -483,7 +483,7 @@ def test_mistakes_are_named():
         MLPOptimizer(SMALL, heads=2, nominal_controller=True)
     with pytest.raises(ValueError, match="need 2 to 4 heads, not 5"):
         MLPOptimizer(SMALL, heads=5)
-    with pytest.raises(ValueError, match="no direction 'Adan'"):
+    with pytest.raises(ValueError, match="^nominal_direction must be .*, not 'Adan'"):
         MLPOptimizer(SMALL, nominal_direction="Adan")
     with pytest.raises(ValueError, match="give the nominal term a step size"):
         MLPOptimizer(SMALL, learn_nominal=True)

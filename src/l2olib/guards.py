@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .optimizees import Task
-from .optimizers import Optimizer, State, check_least
+from .optimizers import Optimizer, State, check_least, check_literals
 from .records import later
 from .train import Cost, Metas, Trace, inner_steps
 
@@ -62,8 +62,7 @@ class Margin:
     z: float = 3.0
 
     def __post_init__(self) -> None:
-        if not self.z >= 0:
-            raise ValueError(f"z must be at least 0, not {self.z}")
+        check_least(self, z=0)
 
     traces = ()
 
@@ -210,18 +209,7 @@ class LGL2O(_OverTwo):
 
     def __post_init__(self) -> None:
         check_least(self, n_t=1, n_c=1)
-        allowed = {
-            "validation": ("disjoint", "iid", "fixed", "full"),
-            "proposal_state": ("carry", "revert", "reset"),
-            "fallback_state": ("keep", "revert", "reset"),
-            "clock": ("global", "accepted"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(values)}, "
-                    f"not {getattr(self, name)!r}"
-                )
+        check_literals(self)
         if not isinstance(self.test, Margin | Sequential | Coin | None):
             raise ValueError(
                 f"test must be a Margin, Sequential, Coin or None, not {self.test!r}"
@@ -524,8 +512,7 @@ class Shadow(LGL2O):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.slack >= 0:
-            raise ValueError(f"slack must be at least 0, not {self.slack}")
+        check_least(self, slack=0)
         if self.slack and isinstance(self.test, Sequential):
             raise ValueError("slack goes with a Margin or no test, not with Sequential")
 
@@ -709,14 +696,10 @@ class GL2O(_OverTwo):
                 f"sequence must be Geometric, MovingAverage, ArithmeticAverage or "
                 f"RecentMax, not {self.sequence!r}"
             )
-        if self.proposal_state not in ("carry", "revert"):
-            raise ValueError(
-                f"proposal_state must be carry or revert, not {self.proposal_state!r}"
-            )
+        check_literals(self)
 
-    @property
-    def interval(self) -> int:
-        return 1
+    interval = 1
+    traces = ("use_l2o", "residual", "bar")
 
     @property
     def batches(self) -> tuple[int, str] | None:

@@ -12,16 +12,17 @@ place, where the convolution is called.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .data import DataSet, Split
+from .optimizers import check_among, check_literals
 from .records import later
 
 Batch = tuple[Tensor, Tensor]
@@ -108,13 +109,6 @@ Norm = Literal["none", "layer", "batch"]
 Loss = Literal["cross entropy", "squared error", "reconstruction"]
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
-
-
-def _check(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name} is {value!r}: choose from " + ", ".join(map(repr, allowed))
-        )
 
 
 def uniform_start(layout: Layout, seed: int) -> Tensor:
@@ -248,10 +242,8 @@ class MLP(_Classifier):
     start: Start = later("uniform")
 
     def __post_init__(self) -> None:
-        _check("activation", self.activation, ACTIVATIONS)
-        _check("norm", self.norm, get_args(Norm))
-        _check("loss", self.loss, get_args(Loss))
-        _check("start", self.start, STARTS)
+        check_literals(self)
+        check_among("activation", self.activation, ACTIVATIONS)
         if self.norm != "none" and self.start == "uniform":
             raise ValueError("a network with norms starts 'truncated normal'")
         if self.loss == "reconstruction" and self.sizes[0] != self.sizes[-1]:
@@ -327,8 +319,8 @@ class ConvNet(_Classifier):
     start: Start = later("uniform")
 
     def __post_init__(self) -> None:
-        _check("activation", self.activation, ACTIVATIONS)
-        _check("start", self.start, STARTS)
+        check_literals(self)
+        check_among("activation", self.activation, ACTIVATIONS)
 
     @cached_property
     def spatial(self) -> tuple[tuple[int, int], ...]:

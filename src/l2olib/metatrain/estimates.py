@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..learned.sgd import LearnableSGD
-from ..optimizers import Adam, State, constant
+from ..optimizers import Adam, State, check_literals, constant
 from ..stability import NoisyQuadratic
 from ..train import log_spaced
 from .evolution import (
@@ -375,10 +375,7 @@ class RateTraining:
             raise ValueError(
                 f"steps must be at least a truncation, {e.truncation}, not {self.steps}"
             )
-        if self.by not in ("evolution", "back-propagation"):
-            raise ValueError(
-                f"by must be 'evolution' or 'back-propagation', not {self.by!r}"
-            )
+        check_literals(self)
 
     @property
     def iterations(self) -> int:

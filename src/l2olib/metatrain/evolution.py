@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from ..data import train_batches
 from ..optimizees import check_built_for
-from ..optimizers import AdamW, Optimizer, State, constant
+from ..optimizers import AdamW, Optimizer, State, check_literals, constant
 from ..train import OVERHEAD, RATE, accelerated, inner_steps, ranks
 from .truncated import TRAINING, MetaJob, MetaWork, cut, too_short
 
@@ -198,8 +198,7 @@ class PES(Online):
                 f"an estimate needs pairs and a positive sigma, not {self.pairs} and "
                 f"{self.sigma}"
             )
-        if self.resets not in ("free", "slot"):
-            raise ValueError(f"resets must be 'free' or 'slot', not {self.resets!r}")
+        check_literals(self)
 
     def start(self, meta: Tensor, begin: Begin, seed: int = 0) -> State:
         noise = meta.new_zeros(self.pairs, len(meta))

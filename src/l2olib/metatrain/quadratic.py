@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..optimizers import AdamW, State, check_least, constant
+from ..optimizers import AdamW, State, check_least, check_literals, constant
 from ..records import later
 from ..stability import NoisyQuadratic, spectral_radius
 from ..train import log_spaced
@@ -160,6 +160,7 @@ class GradientVariance:
     hessian: Matrix = HESSIAN
 
     def __post_init__(self) -> None:
+        check_literals(self)
         if len(self.seeds) % self.batches or len(self.seeds) < 2:
             raise ValueError(
                 f"seeds must be two or more, in whole batches: {len(self.seeds)} are "

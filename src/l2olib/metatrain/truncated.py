@@ -26,6 +26,7 @@ from ..optimizers import (
     Optimizer,
     State,
     check_least,
+    check_literals,
     constant,
 )
 from ..records import later
@@ -191,8 +192,7 @@ class MetaTraining(MetaWork):
             raise ValueError(
                 f"patience must be None or at least 1, not {self.patience}"
             )
-        if self.order not in ("first", "full"):
-            raise ValueError(f"order must be first or full, not {self.order!r}")
+        check_literals(self)
         check_built_for(self.optimizee, self.optimizer)
 
     @property
