@@ -1,6 +1,7 @@
 """Optimizees: layout, initial distribution, losses, gradients and counted work."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ NETWORKS = {
     "mlp": (MLP((784, 20, 10)), (1, 28, 28)),
     "deep mlp": (MLP((6, 5, 4, 3), "tanh"), (6,)),
     "conv3": (conv3((1, 28, 28), 10), (1, 28, 28)),
-    "conv3 relu": (conv3((3, 32, 32), 10, "relu"), (3, 32, 32)),
+    "conv3 relu": (replace(conv3((3, 32, 32), 10), activation="relu"), (3, 32, 32)),
     "not square": (ConvNet((2, 9, 7), (3, 4), (3, 2), (1, 2), 5), (2, 9, 7)),
     "conv5": (conv5((3, 64, 64), 50), (3, 64, 64)),
 }

@@ -278,15 +278,15 @@ def test_the_lowest_loss_is_a_minimum():
     """Its gradient vanishes there, no optimizer nearby is better, and in one dimension
     it is the best of a fine grid."""
     problem = problem_of(HESSIAN)
-    lowest = lowest_loss(problem, START, 50)
+    lowest = lowest_loss(HESSIAN, 10.0, 50)
     gains = 0.3 * torch.eye(2).double() + 0.3 * random_numbers(0, 4_000, 2, 2)
     losses = problem.step_losses(problem.dynamics(gains), START, 50).mean(-1)
     assert lowest < losses.min()
-    single = problem_of(((2.0,),))
+    single = problem_of(curved := ((2.0,),))
     grid = torch.linspace(0, 1, 20_001).double()[:, None, None]
     one = 10 * torch.eye(1).double()
     best = single.step_losses(single.dynamics(grid), one, 50).mean(-1).min()
-    assert lowest_loss(single, one, 50).item() == pytest.approx(best.item(), rel=1e-7)
+    assert lowest_loss(curved, 10.0, 50).item() == pytest.approx(best.item(), rel=1e-7)
 
 
 def test_meta_training_approaches_the_optimum():

@@ -371,24 +371,15 @@ class ConvNet(_Classifier):
         return work(items, layers, gradient)
 
 
-def conv3(
-    image: tuple[int, int, int], classes: int, activation: str = "sigmoid"
-) -> ConvNet:
+def conv3(image: tuple[int, int, int], classes: int) -> ConvNet:
     """LGL2O's Conv3: channels 8, 16, 32; kernels 5, 3, 3; strides 2, 2, 2."""
-    return ConvNet(image, (8, 16, 32), (5, 3, 3), (2, 2, 2), classes, activation)
+    return ConvNet(image, (8, 16, 32), (5, 3, 3), (2, 2, 2), classes)
 
 
-def conv5(
-    image: tuple[int, int, int], classes: int, activation: str = "sigmoid"
-) -> ConvNet:
+def conv5(image: tuple[int, int, int], classes: int) -> ConvNet:
     """LGL2O's Conv5: channels 8 to 64; kernels 3, 3, 3, 3, 1; strides 2, 2, 2, 1, 1."""
     return ConvNet(
-        image,
-        (8, 16, 32, 32, 64),
-        (3, 3, 3, 3, 1),
-        (2, 2, 2, 1, 1),
-        classes,
-        activation,
+        image, (8, 16, 32, 32, 64), (3, 3, 3, 3, 1), (2, 2, 2, 1, 1), classes
     )
 
 

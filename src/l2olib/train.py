@@ -776,21 +776,19 @@ BURN_IN = 300
 """The step from which on a loss is smoothed (LGL2O, App. E)."""
 
 
-def summarize(
-    loss: Tensor, points: int = 300, window: int = 100, burn_in: int = BURN_IN
-) -> Trace:
+def summarize(loss: Tensor, points: int = 300) -> Trace:
     """Thin losses ``[R, K]`` to curves at about ``points`` log-spaced steps.
 
     ``steps [P]`` (1-based), ``loss [R, P]`` at exactly these steps, ``bin_mean [R, P]``
     over the steps after the previous point up to this one (the whole run without gaps,
     so means over windows between points stay exact), and ``smooth [R, P]``, the
-    trailing mean of ``window`` steps from step ``burn_in`` on, before it the loss as it
-    is (LGL2O, App. E; window ours).
+    trailing mean of 100 steps from step ``BURN_IN`` on, before it the loss as it is
+    (LGL2O, App. E; window ours).
     """
     steps = log_spaced(1, loss.shape[1], points)
     ends = torch.tensor(steps)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    trailing = torch.where(ends >= burn_in, (ends - window).clamp(min=0), ends - 1)
+    trailing = torch.where(ends >= BURN_IN, ends - 100, ends - 1)
 
     def means(first: Tensor) -> Tensor:
         spans = zip(first.tolist(), steps, strict=True)

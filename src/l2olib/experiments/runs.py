@@ -170,7 +170,6 @@ class Run:
         device: str = "cpu",
         compile: bool = False,
         checkpoint: bool = True,
-        save_every: float = 60.0,
         time_limit: float | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> Record:
@@ -190,7 +189,6 @@ class Run:
             self.resolved.job(device, compile, metas),
             key=records.digest(self.config),
             checkpoint=self.checkpoint if checkpoint else None,
-            save_every=save_every,
             time_limit=time_limit,
             device=device,
             report=report,

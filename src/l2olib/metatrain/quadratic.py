@@ -477,7 +477,7 @@ class QuadraticMetaTrainingJob:
             "radius": spectral_radius(dynamics).float(),
             "moduli": moduli.float(),
             "single": variances[-1].sum((-1, -2)).float(),
-            "optimum": _lowest_loss(c.hessian, c.spread, c.horizon)[None],
+            "optimum": lowest_loss(c.hessian, c.spread, c.horizon)[None],
         }
 
 
@@ -486,16 +486,14 @@ def _never(pair: int, episode: int) -> tuple[Tensor, State]:
 
 
 @cache
-def _lowest_loss(hessian: Matrix, spread: float, horizon: int) -> Tensor:
-    start = spread * torch.eye(len(hessian), dtype=torch.float64)
-    return lowest_loss(problem_of(hessian), start, horizon)
+def lowest_loss(hessian: Matrix, spread: float, steps: int) -> Tensor:
+    """The lowest expected mean loss over ``steps`` of any linear optimizer M, a scalar.
 
-
-def lowest_loss(problem: NoisyQuadratic, start: Tensor, steps: int) -> Tensor:
-    """The lowest expected mean loss over `steps` of any linear optimizer M, a scalar.
-
-    By L-BFGS on M from half the largest stable step, with exact derivatives.
+    From phi_0 ~ N(0, spread I). By L-BFGS on M from half the largest stable step, with
+    exact derivatives.
     """
+    problem = problem_of(hessian)
+    start = spread * torch.eye(problem.size, dtype=torch.float64)
     gain = (torch.eye(problem.size) / problem.sharpness).double().requires_grad_()
     search = torch.optim.LBFGS(
         [gain],
@@ -516,8 +514,8 @@ def lowest_loss(problem: NoisyQuadratic, start: Tensor, steps: int) -> Tensor:
         return closure().detach()
 
 
-def literal_shares(values: Sequence[float], hessian: Matrix = HESSIAN) -> list[float]:
+def literal_shares(values: Sequence[float]) -> list[float]:
     """Turn values of 2 alpha / lambda_max (STAR, caption of Fig. 2, to the letter) into
     shares of the largest stable step, alpha lambda_max / 2."""
-    sharpness = problem_of(hessian).sharpness
+    sharpness = problem_of(HESSIAN).sharpness
     return [value * sharpness**2 / 4 for value in values]
