@@ -206,25 +206,34 @@ def wrong(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Classifier:
-    """Shared by networks that end in log-softmax and negative log-likelihood."""
+class Classifier:
+    """Shared by networks that end in log-softmax and negative log-likelihood.
+
+    Of items with a label, ``y [B]``, or with one at each place, ``y [B, T]``: losses
+    and errors are then means over the places.
+    """
 
     def logits(self, params: Tensor, x: Tensor) -> Tensor:
         raise TypeError("a classifier defines logits")
 
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         x, y = batch
-        return F.cross_entropy(self.logits(params, x), y, reduction="none")
+        logits = self.logits(params, x)
+        each = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none")
+        return _over_places(each.view(y.shape))
 
     def errors(self, params: Tensor, batch: Batch) -> Tensor:
-        """Per-item 0/1 errors ``[B]``."""
+        """Per-item 0/1 errors, or shares of places, ``[B]``."""
         x, y = batch
-        logits = self.logits(params, x)
-        return wrong(logits, y)
+        return _over_places(wrong(self.logits(params, x), y))
+
+
+def _over_places(values: Tensor) -> Tensor:
+    return values if values.ndim == 1 else values.mean(1)
 
 
 @dataclass(frozen=True)
-class MLP(_Classifier):
+class MLP(Classifier):
     """Fully connected network, e.g. ``MLP((784, 20, 10))`` (LGL2O, App. D).
 
     Inputs of any shape ``[B, ...]`` are flattened to ``[B, sizes[0]]``. STAR's tasks
@@ -298,7 +307,7 @@ class MLP(_Classifier):
 
 
 @dataclass(frozen=True)
-class ConvNet(_Classifier):
+class ConvNet(Classifier):
     """Strided convolutions, then one linear layer.
 
     LGL2O's Conv3 and Conv5 (section 4 and App. D; padding, batch norm and activation
@@ -399,7 +408,7 @@ def conv_star(image: tuple[int, int, int], classes: int) -> ConvNet:
 
 
 @dataclass(frozen=True)
-class ResNet(_Classifier):
+class ResNet(Classifier):
     """A residual network, version 2, with one bottleneck block a group (STAR's tasks).
 
     A convolution of 64 channels and stride 2 and a max-pool of stride 2; then for each
