@@ -400,7 +400,11 @@ def test_an_estimate_equals_a_plain_loop(toy_data, horizon):
                 for sign in (1, -1):
                     views = job.layout.views(meta + sign * eps[n])
                     params, inner, loss = inner_steps(
-                        job.task, config.optimizer, views, *runs[n, sign], idx[None]
+                        job.task,
+                        config.optimizer.update,
+                        views,
+                        *runs[n, sign],
+                        idx[None],
                     )
                     runs[n, sign] = params, inner
                     losses.append(loss[0].clamp(0, 1.5 * math.log(2)))
@@ -710,7 +714,7 @@ def test_without_weights_every_seed_draws_an_optimizer(toy_data):
         for idx in train_indices(64, 8, seed, 0, 6):
             meta = optimizer.init_meta(TRAINING + seed)  # not the network's stream
             params, state, loss = inner_steps(
-                task, optimizer, meta, params, state, idx[None]
+                task, optimizer.update, meta, params, state, idx[None]
             )
             losses.append(loss.item())
         assert found["objective"][j].item() == pytest.approx(sum(losses) / 6, rel=1e-5)

@@ -17,10 +17,9 @@ from l2olib.metatrain.truncated import (
     MetaTraining,
     MetaTrainingJob,
     meta_gradient,
-    unroll,
 )
 from l2olib.optimizees import MLP
-from l2olib.train import drive
+from l2olib.train import drive, inner_steps
 
 LSTM = LSTMOptimizer(hidden=3, p=5.0, scale=0.5)
 STEPS = 6
@@ -32,7 +31,7 @@ def setting(seed=0):
     meta = {k: v.double() for k, v in LSTM.init_meta(seed).items()}
     params = start_of(task)
     with torch.no_grad():
-        _, params, state = unroll(
+        params, state, _ = inner_steps(
             task, LSTM.update, meta, params, LSTM.init(params), batches(task, 3, 8, 9)
         )
     return task, meta, params, state, batches(task, STEPS, 8)
@@ -69,7 +68,7 @@ def test_meta_gradient_equals_finite_differences(order):
 
     def objective(m):
         if order == "full":
-            return unroll(task, LSTM.update, m, params, state, idx, "full")[0].sum()
+            return inner_steps(task, LSTM.update, m, params, state, idx)[2].sum()
         return objective_with_fixed_gradients(
             task, m, params, state, idx, recorded, anchors
         )
@@ -102,7 +101,9 @@ def test_the_two_orders_differ():
 @pytest.mark.parametrize("order", ["first", "full"])
 def test_unroll_takes_the_optimizers_steps(order):
     task, meta, params, state, idx = setting()
-    losses, ended, final = unroll(task, LSTM.update, meta, params, state, idx, order)
+    ended, final, losses = inner_steps(
+        task, LSTM.update, meta, params, state, idx, order=order
+    )
     x = params
     for k, batch in enumerate(idx):
         f, g = task.loss_and_grad(x, batch)
@@ -242,7 +243,7 @@ def test_validation_is_the_mean_loss_of_its_own_rollouts(toy_data):
         x = job.config.optimizee.init(seed)
         idx = train_indices(64, 8, seed, 0, 6)
         h = LSTM.init(x)
-        losses, _, _ = unroll(job.task, LSTM.update, LSTM.init_meta(4), x, h, idx)
+        *_, losses = inner_steps(job.task, LSTM.update, LSTM.init_meta(4), x, h, idx)
         total += losses.double().mean().item()
     assert job.validate(meta).item() == pytest.approx(total / 2, rel=1e-6)
     assert job.validate(meta * math.nan).item() == math.inf
@@ -330,7 +331,7 @@ def test_learning_curve_evaluates_snapshots_and_the_selected_one(toy_data):
     for k, snapshot in enumerate(points):
         for j, seed in enumerate(config.seeds):
             x = config.optimizee.init(seed)
-            losses, _, _ = unroll(
+            *_, losses = inner_steps(
                 job.task,
                 LSTM.update,
                 job.layout.views(snapshot),

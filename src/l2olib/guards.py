@@ -289,7 +289,7 @@ class LGL2O(_OverTwo):
         ends, states, losses = {}, {}, {}
         for role, optimizer in self.optimizers.items():
             ends[role], states[role], losses[role] = inner_steps(
-                task, optimizer, metas[role], x, state[role], batches, first
+                task, optimizer.update, metas[role], x, state[role], batches, first
             )
         y, z = ends["proposal"], ends["fallback"]
         l_y = self.losses(task, y, held_out)
@@ -534,7 +534,7 @@ class Shadow(LGL2O):
         shadow: State = {}
         s, shadow["optimizer"], losses = inner_steps(
             task,
-            self.fallback,
+            self.fallback.update,
             metas["fallback"],
             state["shadow"]["params"],
             state["shadow"]["optimizer"],
@@ -837,7 +837,7 @@ class Switch(_OverTwo):
         (role,) = state.keys() - {"params"}
         params, inner, losses = inner_steps(
             task,
-            self.optimizers[role],
+            self.optimizers[role].update,
             metas[role],
             state["params"],
             state[role],

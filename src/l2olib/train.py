@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -367,27 +367,37 @@ class Method(Protocol):
         ...
 
 
+Order = Literal["first", "full"]
+
+
 def inner_steps(
     task: Task,
-    optimizer: Optimizer,
+    update: Callable[..., Any],
     meta: Meta,
     params: Tensor,
     state: State,
     batches: Tensor,
     first: tuple[Tensor, Tensor] | None = None,
+    order: Order = "full",
 ) -> tuple[Tensor, State, Tensor]:
-    """Take one optimizer step on each of ``batches [T, B]``.
+    """Take one step of an optimizer's ``update`` on each of ``batches [T, B]``.
 
     ``first``: loss and gradient of the first batch at ``params`` where already known.
     Returns parameters, optimizer state and the losses before each step ``[T]``.
+
+    ``order="first"`` treats the gradient that enters the optimizer as data (no second
+    derivatives of the optimizee, as both public code bases do); ``"full"``
+    differentiates through it.
     """
     losses = []
     for i in range(len(batches)):
+        at = params.detach() if order == "first" else params
         known = first if i == 0 else None
-        loss, grad = known or task.loss_and_grad(params, batches[i])
-        delta, state = optimizer.update(meta, grad, state, params, loss=loss)
+        loss, grad = known or task.loss_and_grad(at, batches[i])
+        # Value f(at); its derivative in params is the same recorded gradient.
+        losses.append(loss + grad @ (params - at) if order == "first" else loss)
+        delta, state = update(meta, grad, state, params, loss=loss)
         params = params + delta
-        losses.append(loss)
     return params, state, torch.stack(losses)
 
 
@@ -419,7 +429,7 @@ class Alone:
         """Take ``len(train)`` steps; the trace holds the losses before each."""
         params, inner, losses = inner_steps(
             task,
-            self.optimizer,
+            self.optimizer.update,
             metas["optimizer"],
             state["params"],
             state["optimizer"],

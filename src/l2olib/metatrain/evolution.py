@@ -422,9 +422,13 @@ class EvolutionJob(MetaJob):
 
         def step(meta: Tensor, params: Tensor, state: State, idx: Tensor) -> Any:
             params, state, losses = inner_steps(
-                self.task, self.config.optimizer, self.layout.views(meta), params,
-                state, idx[None],
-            )  # fmt: skip
+                self.task,
+                self.config.optimizer.update,
+                self.layout.views(meta),
+                params,
+                state,
+                idx[None],
+            )
             return self.meta_loss(losses[0]), params, state
 
         self.step = accelerated(over_pairs(step), self.compile, self.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,44 +30,10 @@ from ..optimizers import (
     constant,
 )
 from ..records import later
-from ..train import OVERHEAD, RATE, accelerated, compiled, inner_steps
-
-Order = Literal["first", "full"]
+from ..train import OVERHEAD, RATE, Order, accelerated, compiled, inner_steps
 
 TRAINING, VALIDATION = 1_000_000, 900_000
 """Where meta-training and its validation take optimizee seeds; figures use 0, 1, ..."""
-
-
-def unroll(
-    task: Task,
-    update: Callable[..., Any],
-    meta: Meta,
-    params: Tensor,
-    state: State,
-    idx: Tensor,
-    order: Order = "first",
-) -> tuple[Tensor, Tensor, State]:
-    """Take ``len(idx)`` inner steps; return losses ``[T]``, parameters and state.
-
-    Loss and gradient of step i are those of mini-batch ``idx[i]`` ([B]) at the current
-    parameters. ``order="first"`` treats the gradient that enters the optimizer as data
-    (no second derivatives of the optimizee, as both public code bases do); ``"full"``
-    differentiates through it.
-    """
-    losses = []
-    for i in range(len(idx)):
-        if order == "first":
-            anchor = params.detach()
-            loss, grad = task.loss_and_grad(anchor, idx[i])
-            # Value f(anchor); its derivative in params is the same recorded gradient.
-            loss = loss + grad @ (params - anchor)
-        else:
-            loss, grad = task.loss_and_grad(params, idx[i])
-        losses.append(loss)
-        seen = loss.detach() if order == "first" else loss
-        delta, state = update(meta, grad, state, params, loss=seen)
-        params = params + delta
-    return torch.stack(losses), params, state
 
 
 def meta_gradient(
@@ -84,7 +50,9 @@ def meta_gradient(
     Returns the meta-gradient, the losses ``[T]``, and detached parameters and state.
     """
     leaves = {k: v.detach().requires_grad_() for k, v in meta.items()}
-    losses, params, state = unroll(task, update, leaves, params, state, idx, order)
+    params, state, losses = inner_steps(
+        task, update, leaves, params, state, idx, order=order
+    )
     grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
     cut = {k: v.detach() for k, v in state.items()}
     return dict(zip(leaves, grads, strict=True)), losses.detach(), params.detach(), cut
@@ -273,7 +241,7 @@ class MetaJob:
             params = c.optimizee.init(seed).to(self.device)
             hidden = c.optimizer.init(params)
             views = self.layout.views(meta)
-            losses, _, _ = unroll(
+            *_, losses = inner_steps(
                 self.task, self.update, views, params, hidden, idx.to(self.device)
             )
             total += self.meta_loss(losses).double().mean().cpu()
@@ -401,7 +369,7 @@ class LearningCurveJob:
 
         def step(meta: Tensor, params: Tensor, state: State, idx: Tensor) -> Any:
             params, state, losses = inner_steps(
-                self.task, c.optimizer, self.layout.views(meta), params, state,
+                self.task, c.optimizer.update, self.layout.views(meta), params, state,
                 idx[None],
             )  # fmt: skip
             return losses[0], params, state
