@@ -251,10 +251,7 @@ def _digits_tests(profile: str) -> Iterable[tuple[str, Any]]:
     """Each meta-training on one start that none has seen."""
     stride = 24 if profile == "smoke" else 4
     for label, name, of in _estimators(profile):
-        yield f"{label}/{of.seed}", LearningCurve(
-            of.optimizer, of.optimizee, of.data, {"optimizer": name}, (of.seed,),
-            of.batch, of.rollout, stride, ceiling=of.ceiling,
-        )  # fmt: skip
+        yield f"{label}/{of.seed}", _curve(of, name, (of.seed,), stride)
 
 
 def _digits_noise(profile: str) -> Iterable[tuple[str, Any]]:
@@ -277,6 +274,21 @@ def _digits_noise(profile: str) -> Iterable[tuple[str, Any]]:
             whole = BackPropagation(4, of.rollout, of.rollout)
             exact = replace(of, estimator=whole, seed=2_000 + seed)
             yield f"{variant}, exact/{seed}", look(exact, 4)
+
+
+def _problem(of: Evolution) -> dict[str, Any]:
+    """That of a meta-training, as arguments of :func:`trainings`."""
+    return {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+
+
+def _curve(
+    of: Evolution, name: str, seeds: Iterable[int], stride: int
+) -> LearningCurve:
+    """The meta-objective along the meta-training ``of``, whose weights are ``name``."""
+    return LearningCurve(
+        of.optimizer, of.optimizee, of.data, {"optimizer": name}, tuple(seeds),
+        of.batch, of.rollout, stride, ceiling=of.ceiling,
+    )  # fmt: skip
 
 
 def star_weights(kind: str, variant: str, seed: int, profile: str) -> str:
@@ -378,10 +390,7 @@ def star_curve(
     stride = 1 if profile == "paper" else stride
     of = star_training(profile, variant, kind if kind in NETWORKS else "mlp")
     name = star_weights(kind, variant, seed, profile)
-    return LearningCurve(
-        of.optimizer, of.optimizee, of.data, {"optimizer": name}, tuple(range(seeds)),
-        of.batch, of.rollout, stride, ceiling=of.ceiling,
-    )  # fmt: skip
+    return _curve(of, name, range(seeds), stride)
 
 
 SEEDS = 10
@@ -444,8 +453,9 @@ def star_tests(
             yield from trainings(
                 {f"{variant} #{seed}": Alone(of.optimizer)},
                 star_weights(kind or network, variant, seed, profile) + BEST,
-                optimizee=of.optimizee, data=of.data, batch=of.batch, **setting,
-            )  # fmt: skip
+                **_problem(of),
+                **setting,
+            )
 
 
 EDGE = MLP((64, 128, 128, 10), "relu", start="truncated normal")
@@ -485,7 +495,7 @@ def _star_stability(profile: str) -> Iterable[tuple[str, Any]]:
     size |= {"segment": 10 if smoke else 50, "evaluations": 1 if smoke else 10}
     runs = list(star_tests(profile, STAR_FIG3, 1, **size))
     of = star_training(profile)
-    same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+    same = _problem(of)
     runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **same, **size)
     for name, work in runs:
         look = {"sample": 32, "size": 4} if smoke else {"sample": 512}
@@ -524,9 +534,7 @@ def _star_fig3(
     of = star_training(profile, network=network)
     setting = {**STAR_TEST[profile], **changes}
     adams = {f"Adam {rate:g}": adam_at(rate) for rate in ADAM_RATES}
-    yield from trainings(
-        adams, "", optimizee=of.optimizee, data=of.data, batch=of.batch, **setting
-    )
+    yield from trainings(adams, "", **_problem(of), **setting)
 
 
 def _star_beyond(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
@@ -542,15 +550,12 @@ def _star_beyond(profile: str, seeds: int | None = None) -> Iterable[tuple[str, 
     yield from trainings(
         {"Blackbox last": Alone(of.optimizer)},
         star_weights("mlp", "Blackbox", 0, profile),
-        optimizee=of.optimizee, data=of.data, batch=of.batch, **size,
-    )  # fmt: skip
+        **_problem(of),
+        **size,
+    )
     # the divisor of STAR's nominal term, by hand
     adam = Alone(AdamW(constant(1e-3), eps_root=1e-6))
-    yield from trainings(
-        {"Adam eps 1e-6": adam},
-        "",
-        optimizee=of.optimizee, data=of.data, batch=of.batch, **size,
-    )  # fmt: skip
+    yield from trainings({"Adam eps 1e-6": adam}, "", **_problem(of), **size)
 
 
 def stopped(method: Alone, profile: str) -> Alone:
@@ -584,7 +589,7 @@ def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
     size |= {"seeds": count, "replicas": count}
     runs = list(star_tests(profile, STAR_FIG3, 1, **size))
     of = star_training(profile)
-    same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+    same = _problem(of)
     runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **same, **size)
     for variant in ("STAR 0.1", "Blackbox"):
         optimizer = star_training(profile, variant).optimizer
@@ -638,7 +643,7 @@ def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str,
             f"{variant} then Adam": switch,
         }
         weights = star_weights("mlp", variant, 0, profile) + BEST
-        same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+        same = _problem(of)
         yield from trainings(methods, weights, **same, **setting)
     yield from trainings({"Adam": adam}, "", **same, **setting)
 
