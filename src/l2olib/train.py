@@ -195,6 +195,11 @@ def drive(
             raise
 
 
+def _signature(given: list[Any], form: Any) -> tuple[Any, ...]:
+    """What a graph is made for: arguments of these shapes and types."""
+    return form, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given)
+
+
 def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
     """``torch.compile`` as a flag: the same function, its element-wise work fused.
 
@@ -209,10 +214,7 @@ def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
 
     def call(*args: Any, **named: Any) -> Any:
         given, form = tree_flatten((args, named))
-        key = (
-            form,
-            *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given),
-        )
+        key = _signature(given, form)
         if key not in graphs:
 
             def flat(*given: Any) -> Any:
@@ -244,10 +246,7 @@ class Captured:
         if self.graphs is None or torch.is_grad_enabled():
             return self.function(*args)
         given, form = tree_flatten(args)
-        key = (
-            form,
-            *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given),
-        )
+        key = _signature(given, form)
         if key not in self.graphs:
             with torch.cuda.device(self.device):
                 return self._capture(key, given, form)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,11 +65,11 @@ class Tuning(Training):
 
     def trial(self, k: int, final: bool = False) -> Training:
         """The training with candidate ``k``."""
-        own = {f.name: getattr(self, f.name) for f in fields(Training)}
-        own["method"] = self.candidates[k]
-        if final:
-            own |= {"method": stretched(own["method"], self.final), "steps": self.final}
-        return Training(**own)
+        method = self.candidates[k]
+        if not final:
+            return Training.of(self, method=method)
+        method = stretched(method, self.final)
+        return Training.of(self, method=method, steps=self.final)
 
     def left(self, scores: Tensor) -> list[int]:
         """Candidates still to be tried (of a ladder, as far as that is known).

@@ -101,7 +101,7 @@ class Online:
         steps = (places * self.offset / self.pairs).long()
         first = [begin(pair, 0) for pair in range(self.pairs)]
         fresh = tree_map(lambda *x: torch.stack(x), first[0], *first[1:])
-        params, inner = tree_map(lambda x: alike(x, self.members), fresh)
+        params, inner = tree_map(lambda x: torch.stack([x] * self.members, 1), fresh)
         return {
             "params": params,
             "optimizer": inner,
@@ -302,11 +302,6 @@ def over_pairs(step: Step) -> Step:
     """Vectorise an inner step over N pairs, whose members share their batch."""
     members = torch.func.vmap(step, in_dims=(0, 0, 0, None))
     return torch.func.vmap(members)
-
-
-def alike(x: Tensor, members: int) -> Tensor:
-    """Give all members of each pair the same value: [N, ...] -> [N, members, ...]."""
-    return torch.stack([x] * members, 1)
 
 
 def put(x: Tensor, at: int, value: Tensor) -> Tensor:

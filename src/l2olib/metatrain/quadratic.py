@@ -22,7 +22,7 @@ from ..optimizers import AdamW, State, check_least, check_literals, constant
 from ..records import later
 from ..stability import NoisyQuadratic, spectral_radius
 from ..train import log_spaced
-from .evolution import alike, clipped, es, generator
+from .evolution import clipped, es, generator
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -415,9 +415,12 @@ class QuadraticMetaTrainingJob:
         eps, phi, minima = self.draws(iteration)
         nothing = torch.zeros(len(eps), dtype=torch.int64)
         fresh = {
-            "params": alike(phi, 2), "optimizer": {}, "noise": torch.zeros_like(eps),
-            "steps": nothing, "episodes": nothing,
-        }  # fmt: skip
+            "params": torch.stack([phi, phi], 1),
+            "optimizer": {},
+            "noise": torch.zeros_like(eps),
+            "steps": nothing,
+            "episodes": nothing,
+        }
         meta = state["meta"].repeat_interleave(c.pairs, 0)
         found, _ = self.estimator.estimate(
             self.run, _never, meta, eps, fresh, minima.movedim(0, 1)[:, None]
