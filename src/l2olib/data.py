@@ -1,6 +1,7 @@
 """Data sets on a device, and the order in which their items are used.
 
-Loaders read only the unpacked layout below one data folder and verify what they read.
+Data sets that come as files are read from the unpacked layout below one data folder and
+verified; the others are made here, or come with an installed package.
 Batch indices are pure integer functions of their arguments: the same on every device,
 after a resume and in any grouping.
 """

@@ -547,7 +547,8 @@ class Quadratic:
 
 @dataclass
 class Task:
-    """An optimizee on a data set: loss and gradient at indices of training items.
+    """An optimizee on a data set: losses and gradients at indices of training items,
+    and losses of whole splits.
 
     This is all that a method sees. Indices are ``[B]`` int64; parameters ``[n]``.
     """

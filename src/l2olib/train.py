@@ -2,8 +2,8 @@
 
 :func:`drive` is the one loop behind every long computation of the book: it advances a
 job in small pieces, writes a checkpoint now and then, continues a killed one to the
-bit-identical end, and stops cleanly at a time limit. :class:`Training` is the job that
-runs a method (an optimizer alone, a guard, ...) on an optimizee.
+bit-identical end, and stops cleanly at a time limit. :class:`Training` configures a
+method (an optimizer alone, a guard, ...) on an optimizee; :class:`TrainingJob` runs it.
 """
 
 from __future__ import annotations

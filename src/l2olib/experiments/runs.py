@@ -334,8 +334,8 @@ class Experiment:
     """A figure or table: its title, the chapter that shows it, and its runs.
 
     ``version`` is raised when an algorithm behind it changes; older records are then
-    stale. ``build(profile, **options)`` makes the named works; the options (such as
-    ``seeds``) are the parameters that a chapter lets its reader change.
+    stale. ``build(profile, **options)`` makes the named works; the options, if it has
+    any (such as ``seeds``), are what a chapter may let its reader change.
     """
 
     id: str

@@ -250,8 +250,8 @@ class MLPOptimizer:
     ``nominal_grad_estimator`` is ``nominal_direction``, ``normalize_blackbox``
     ``precondition``, ``selfnormalize_blackbox`` ``self_normalize``,
     ``aggregate_nom_magnitude`` ``aggregate_nominal``, ``regularization_controller``
-    ``decay_controller``. Those that no experiment uses are there for parity with the
-    reference code: its golden vectors check them.
+    ``decay_controller``. Those of the reference that no experiment uses are there for
+    parity with it: its golden vectors check them.
     """
 
     layout: Layout = field(compare=False, repr=False)

@@ -274,7 +274,8 @@ class NetworkEstimates:
         return math.ceil(e.offset / e.truncation)
 
     def seconds(self) -> float:
-        iterations = math.ceil(19 / self.stride) * (self.settling + self.count)
+        looks = math.ceil(len(self.training.snapshots()) / self.stride)
+        iterations = looks * (self.settling + self.count)
         of = replace(
             self.training, iterations=iterations, validate_every=iterations + 1
         )
