@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from problems import SRC, Clock, make_toy_data, random_numbers  # noqa: F401
+from problems import SRC, Clock, expect_resumable, make_toy_data, random_numbers  # noqa: F401
 from test_star import GOLDEN, PRECISIONS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -520,18 +520,8 @@ def test_the_result_is_the_last_and_its_curve_cuts_losses_off(toy_data):
 
 @pytest.mark.parametrize("resets", ["free", "slot"])
 def test_a_resumed_meta_training_is_bit_identical(toy_data, tmp_path, resets):
-    """Every iteration in a fresh job that knows nothing but the checkpoint."""
     config = small(estimator=PES(3, 4, 9, 0.01, resets, 9))
-    whole, _ = drive(EvolutionJob(config))
-    path = tmp_path / "checkpoint"
-    state = EvolutionJob(config).start()
-    while EvolutionJob(config).position(state)[0] < config.iterations:
-        records.write(path, records.flatten(state), {})
-        state = records.unflatten(records.read(path)[0])
-        state = EvolutionJob(config).advance(state)
-    pieces = EvolutionJob(config).finish(state)
-    spec = records.spec(config)
-    assert records.digest(spec, pieces) == records.digest(spec, whole)
+    whole = expect_resumable(config, tmp_path / "checkpoint")
     other, _ = drive(EvolutionJob(replace(config, seed=1)))
     assert not torch.equal(other["training"], whole["training"])
 

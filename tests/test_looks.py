@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from problems import expect_resumable
 
 from l2olib import looks
 from l2olib.data import load, train_indices
@@ -39,28 +40,7 @@ def test_a_resumed_training_has_the_same_bits(kind, tmp_path):
         sample=64,
         **more,
     )
-
-    def job(pieces):
-        """Interrupted after some pieces."""
-        made = work.job("cpu", False, metas)
-        advance, left = made.advance, [None] * pieces
-
-        def interrupted(state):
-            if not left:
-                raise KeyboardInterrupt
-            left.pop()
-            return advance(state)
-
-        made.advance = interrupted
-        return made
-
-    whole, _ = drive(job(3))
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            drive(job(1), checkpoint=tmp_path / "half")
-    arrays, _ = drive(job(1), checkpoint=tmp_path / "half")
-    for name, value in whole.items():
-        assert torch.equal(value.nan_to_num(7), arrays[name].nan_to_num(7)), name
+    expect_resumable(work, tmp_path / "half", metas)
 
 
 def test_idle_weights_are_those_of_inputs_that_are_never_lit():

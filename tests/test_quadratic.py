@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import random_numbers
+from problems import arrays_of, expect_resumable, random_numbers
 
-from l2olib import records
 from l2olib.experiments import HORIZONS, STAR_SHARES, find
 from l2olib.metatrain.evolution import clipped, es
 from l2olib.metatrain.quadratic import (
@@ -19,13 +18,8 @@ from l2olib.metatrain.quadratic import (
     problem_of,
     unroll_losses,
 )
-from l2olib.train import drive
 
 START = 10 * torch.eye(2, dtype=torch.float64)
-
-
-def arrays_of(work, **options):
-    return drive(work.job("cpu", False, {}), **options)[0]
 
 
 def test_a_run_is_that_of_the_model():
@@ -133,22 +127,6 @@ def test_a_resumed_variance_is_bit_identical(tmp_path):
     for estimator in ("exact", "es"):
         work = GradientVariance(tuple(range(4)), estimator, 3, (1, 2, 6), batches=2)
         expect_resumable(work, tmp_path / f"{estimator}.checkpoint")
-
-
-def expect_resumable(work, path):
-    """Start anew from a checkpoint before every piece."""
-    whole, job = arrays_of(work), work.job("cpu", False, {})
-    records.write(path, records.flatten(job.start()), {})
-    done, total = 0, 1
-    while done < total:
-        job = work.job("cpu", False, {})
-        state = job.advance(records.unflatten(records.read(path)[0]))
-        records.write(path, records.flatten(state), {})
-        done, total = job.position(state)
-    parts = job.finish(state)
-    assert whole.keys() == parts.keys()
-    for name, value in whole.items():
-        assert torch.equal(value.nan_to_num(-1.0), parts[name].nan_to_num(-1.0)), name
 
 
 def test_seeds_come_in_whole_batches():
@@ -302,7 +280,6 @@ def test_meta_training_approaches_the_optimum():
 
 def test_the_papers_settings():
     """Scale of the figures: laptop is the paper's own."""
-    assert HESSIAN == ((1.11, 0.596), (0.596, 0.486))
     exact, _ = (r.work for r in find("star.fig2a")[0].runs("laptop"))
     assert (len(exact.seeds), exact.points, exact.spread) == (500, 50, 10.0)
     assert exact.horizons == HORIZONS and len(HORIZONS) == 20

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import batches, blobs, make_toy_data, start_of  # noqa: F401
+from problems import batches, blobs, expect_resumable, make_toy_data, start_of  # noqa: F401
 
-from l2olib import records
 from l2olib.data import DataError, train_indices
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.metatrain import truncated
@@ -265,18 +264,7 @@ def test_snapshots_are_the_meta_parameters_at_their_rollouts(toy_data):
 
 
 def test_a_resumed_meta_training_is_bit_identical(toy_data, tmp_path):
-    """Every rollout in a fresh job that knows nothing but the checkpoint."""
-    config = small()
-    whole, _ = drive(MetaTrainingJob(config))
-    path = tmp_path / "checkpoint"
-    state = MetaTrainingJob(config).start()
-    while MetaTrainingJob(config).position(state)[0] < config.rollouts:
-        records.write(path, records.flatten(state), {})
-        state = records.unflatten(records.read(path)[0])
-        state = MetaTrainingJob(config).advance(state)
-    pieces = MetaTrainingJob(config).finish(state)
-    spec = records.spec(config)
-    assert records.digest(spec, pieces) == records.digest(spec, whole)
+    expect_resumable(small(), tmp_path / "checkpoint")
 
 
 def test_meta_training_lowers_the_validation_loss(toy_data):
