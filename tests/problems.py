@@ -101,6 +101,26 @@ def expect_resumable(work: Any, path: Path, metas: Any = None) -> dict[str, Tens
     return whole
 
 
+def complaints_of(page: Any) -> list[str]:
+    """What a browser's page is going to complain of, requests to the net included."""
+    complaints: list[str] = []
+    own = ("file:", "data:", "blob:")
+
+    def requested(request: Any) -> None:
+        if not request.url.startswith(own):
+            complaints.append(f"request to {request.url}")
+
+    def said(message: Any) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(f"console: {message.text}")
+
+    page.on("request", requested)
+    page.on("requestfailed", lambda r: complaints.append(f"failed: {r.url}"))
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.on("console", said)
+    return complaints
+
+
 # ---- optimizers without meta-parameters, as pathological as they come ----------------
 
 
