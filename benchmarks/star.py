@@ -176,7 +176,12 @@ def iterations() -> None:
                 views = job.layout.views(metas[n, k])
                 inner = {key: v[n, k] for key, v in state.items()}
                 x, inner, loss = inner_steps(
-                    job.task, optimizer, views, params[n, k], inner, batch[n][None]
+                    job.task,
+                    optimizer.update,
+                    views,
+                    params[n, k],
+                    inner,
+                    batch[n][None],
                 )
                 done.append((job.meta_loss(loss[0]), x, inner))
             losses, xs, inners = zip(*done, strict=True)

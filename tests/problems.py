@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2olib import data, experiments
+from l2olib import data, experiments, records
 from l2olib.data import DataSet, Split
 from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.metatrain.truncated import MetaTraining
 from l2olib.optimizees import MLP, Quadratic, Task
 from l2olib.optimizers import SGD, constant
-from l2olib.train import Alone
+from l2olib.train import Alone, drive
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -75,6 +75,50 @@ def batches(task: Task, count: int, batch: int, seed: int = 0) -> Tensor:
     """Draw item numbers [count, batch], with replacement."""
     gen = torch.Generator().manual_seed(seed)
     return torch.randint(task.items, (count, batch), generator=gen)
+
+
+def arrays_of(work: Any, metas: Any = None, **options: Any) -> dict[str, Tensor]:
+    """Run a work to its end; what it records."""
+    return drive(work.job("cpu", False, metas or {}), **options)[0]
+
+
+def expect_resumable(work: Any, path: Path, metas: Any = None) -> dict[str, Tensor]:
+    """Every piece in a fresh job that knows nothing but the checkpoint: the same bits.
+
+    Returns what the run in one go records.
+    """
+    whole, job = arrays_of(work, metas), work.job("cpu", False, metas or {})
+    state, done, total = job.start(), 0, 1
+    while done < total:
+        records.write(path, records.flatten(state), {})
+        job = work.job("cpu", False, metas or {})
+        state = job.advance(records.unflatten(records.read(path)[0]))
+        done, total = job.position(state)
+    parts = job.finish(state)
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert value.numpy().tobytes() == parts[name].numpy().tobytes(), name
+    return whole
+
+
+def complaints_of(page: Any) -> list[str]:
+    """What a browser's page is going to complain of, requests to the net included."""
+    complaints: list[str] = []
+    own = ("file:", "data:", "blob:")
+
+    def requested(request: Any) -> None:
+        if not request.url.startswith(own):
+            complaints.append(f"request to {request.url}")
+
+    def said(message: Any) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(f"console: {message.text}")
+
+    page.on("request", requested)
+    page.on("requestfailed", lambda r: complaints.append(f"failed: {r.url}"))
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.on("console", said)
+    return complaints
 
 
 # ---- optimizers without meta-parameters, as pathological as they come ----------------

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from playwright.sync_api import Browser, BrowserContext, Page
+from problems import complaints_of
 
 from l2olib import claims, proofs
 
@@ -135,28 +136,8 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 @pytest.fixture
 def page(context: BrowserContext) -> Iterator[Page]:
     """Open a page that fails the test on any request, error or complaint."""
-    complaints: list[str] = []
     fresh = context.new_page()
-    fresh.on(
-        "request",
-        lambda request: (
-            None
-            if request.url.startswith(("file:", "data:", "blob:"))
-            else complaints.append(f"request to {request.url}")
-        ),
-    )
-    fresh.on(
-        "requestfailed", lambda request: complaints.append(f"failed: {request.url}")
-    )
-    fresh.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    fresh.on(
-        "console",
-        lambda message: (
-            complaints.append(f"console: {message.text}")
-            if message.type in ("error", "warning")
-            else None
-        ),
-    )
+    complaints = complaints_of(fresh)
     yield fresh
     assert not complaints, "\n".join(complaints)
 

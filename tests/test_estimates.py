@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import random_numbers
+from problems import arrays_of, expect_resumable, random_numbers
 from torch.utils._pytree import tree_map
 
-from l2olib import records
 from l2olib.experiments import find
 from l2olib.learned.mlp import star
 from l2olib.metatrain.estimates import (
@@ -37,10 +36,6 @@ from l2olib.train import drive
 
 PROBLEM = problem_of(HESSIAN)
 THETA = math.log(0.2)
-
-
-def arrays_of(work, **options):
-    return drive(work.job("cpu", False, {}), **options)[0]
 
 
 # ---- the exact meta-loss -------------------------------------------------------------
@@ -151,16 +146,7 @@ def test_resumed_works_are_bit_identical(tmp_path):
         along(PES(2, 3, 6, offset=6), 2)[0],
     ):
         metas = {"optimizer": along(PES(2, 3, 6, offset=6), 2)[1]}
-        job = work.job("cpu", False, metas)
-        state = job.advance(job.start())
-        path = tmp_path / "checkpoint"
-        flat = records.flatten(state)
-        facts = {"key": "k", "seconds": 1.0, "digest": records.digest("k", flat)}
-        records.write(path, flat, facts)
-        again = work.job("cpu", False, metas)
-        resumed, _ = drive(again, key="k", checkpoint=path)
-        whole, _ = drive(work.job("cpu", False, metas))
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        expect_resumable(work, tmp_path / "checkpoint", metas)
 
 
 # ---- through networks ----------------------------------------------------------------

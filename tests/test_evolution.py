@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from problems import SRC, Clock, make_toy_data, random_numbers  # noqa: F401
+from problems import SRC, Clock, expect_resumable, make_toy_data, random_numbers  # noqa: F401
 from test_star import GOLDEN, PRECISIONS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -312,7 +312,7 @@ def test_mistakes_are_named():
         PES(4, 5, 10, 0.0)
     with pytest.raises(ValueError, match="not 0 and 0.01"):
         PES(0, 5, 10)
-    with pytest.raises(ValueError, match="'free' or 'slot', not 'hard'"):
+    with pytest.raises(ValueError, match="^resets must be one of 'free', 'slot', not"):
         PES(4, 5, 10, resets="hard")
     with pytest.raises(ValueError, match="horizon, 10, not 11"):
         PES(4, 5, 10, offset=11)
@@ -400,7 +400,11 @@ def test_an_estimate_equals_a_plain_loop(toy_data, horizon):
                 for sign in (1, -1):
                     views = job.layout.views(meta + sign * eps[n])
                     params, inner, loss = inner_steps(
-                        job.task, config.optimizer, views, *runs[n, sign], idx[None]
+                        job.task,
+                        config.optimizer.update,
+                        views,
+                        *runs[n, sign],
+                        idx[None],
                     )
                     runs[n, sign] = params, inner
                     losses.append(loss[0].clamp(0, 1.5 * math.log(2)))
@@ -516,18 +520,8 @@ def test_the_result_is_the_last_and_its_curve_cuts_losses_off(toy_data):
 
 @pytest.mark.parametrize("resets", ["free", "slot"])
 def test_a_resumed_meta_training_is_bit_identical(toy_data, tmp_path, resets):
-    """Every iteration in a fresh job that knows nothing but the checkpoint."""
     config = small(estimator=PES(3, 4, 9, 0.01, resets, 9))
-    whole, _ = drive(EvolutionJob(config))
-    path = tmp_path / "checkpoint"
-    state = EvolutionJob(config).start()
-    while EvolutionJob(config).position(state)[0] < config.iterations:
-        records.write(path, records.flatten(state), {})
-        state = records.unflatten(records.read(path)[0])
-        state = EvolutionJob(config).advance(state)
-    pieces = EvolutionJob(config).finish(state)
-    spec = records.spec(config)
-    assert records.digest(spec, pieces) == records.digest(spec, whole)
+    whole = expect_resumable(config, tmp_path / "checkpoint")
     other, _ = drive(EvolutionJob(replace(config, seed=1)))
     assert not torch.equal(other["training"], whole["training"])
 
@@ -710,7 +704,7 @@ def test_without_weights_every_seed_draws_an_optimizer(toy_data):
         for idx in train_indices(64, 8, seed, 0, 6):
             meta = optimizer.init_meta(TRAINING + seed)  # not the network's stream
             params, state, loss = inner_steps(
-                task, optimizer, meta, params, state, idx[None]
+                task, optimizer.update, meta, params, state, idx[None]
             )
             losses.append(loss.item())
         assert found["objective"][j].item() == pytest.approx(sum(losses) / 6, rel=1e-5)

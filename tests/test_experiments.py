@@ -11,7 +11,7 @@ from problems import make_toy_data, make_toy_table  # noqa: F401
 from l2olib import claims, experiments, records
 from l2olib.claims import kinds
 from l2olib.experiments import EXPERIMENTS, PROFILES, ExperimentError, find, results
-from l2olib.experiments.runs import weights_of
+from l2olib.experiments.runs import learned_roles, weights_of
 from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.metatrain.estimates import NetworkEstimates
@@ -52,12 +52,7 @@ def test_every_entry_builds_its_runs():
                 assert run.work.seconds() > 0
                 if isinstance(run.work, Training):
                     assert run.work.digests == {}
-                    learned = {
-                        role
-                        for role, o in run.work.method.optimizers.items()
-                        if o.init_meta(0)
-                    }
-                    assert set(run.work.weights) == learned
+                    assert set(run.work.weights) == set(learned_roles(run.work.method))
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from problems import expect_resumable
 
 from l2olib import looks
 from l2olib.data import load, train_indices
@@ -39,28 +40,7 @@ def test_a_resumed_training_has_the_same_bits(kind, tmp_path):
         sample=64,
         **more,
     )
-
-    def job(pieces):
-        """Interrupted after some pieces."""
-        made = work.job("cpu", False, metas)
-        advance, left = made.advance, [None] * pieces
-
-        def interrupted(state):
-            if not left:
-                raise KeyboardInterrupt
-            left.pop()
-            return advance(state)
-
-        made.advance = interrupted
-        return made
-
-    whole, _ = drive(job(3))
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            drive(job(1), checkpoint=tmp_path / "half")
-    arrays, _ = drive(job(1), checkpoint=tmp_path / "half")
-    for name, value in whole.items():
-        assert torch.equal(value.nan_to_num(7), arrays[name].nan_to_num(7)), name
+    expect_resumable(work, tmp_path / "half", metas)
 
 
 def test_idle_weights_are_those_of_inputs_that_are_never_lit():
@@ -104,7 +84,7 @@ def test_weights_that_nothing_reaches_can_grow():
 
 
 def test_a_look_at_no_items_is_refused():
-    with pytest.raises(ValueError, match="seen must be at least 1 item, not 0"):
+    with pytest.raises(ValueError, match="seen must be at least 1, not 0"):
         looks.Idle(
             optimizee=MLP((2, 4, 2)), data="moons", method=Alone(SGD(constant(0.1))),
             steps=10, seeds=(0,), segment=10, seen=0,
@@ -120,19 +100,19 @@ def test_weights_of_a_dead_unit_are_idle_and_cutting_them_changes_little():
     )  # fmt: skip
     job = work.job("cpu", False, {"optimizer": {}})
     method = job.start()["method"]
-    before = job.measure(method, 10)
+    before = work.measure(job, method, 10)
     layout = work.optimizee.layout
     views = layout.views(method["params"][0].clone())
     views["b0"][3] = -100.0
     views["w1"][3] *= 50.0  # it would speak loudly
     dead = torch.cat([v.flatten() for v in views.values()])[None]
-    found = job.measure(method | {"params": dead}, 10)
+    found = work.measure(job, method | {"params": dead}, 10)
     added = (64 + 1 + 10) / layout.n  # some of them may have been idle before
     assert 0.5 * added < (found["idle"] - before["idle"]).item() <= added
     assert found["growth"] > 10
     views["b1"][0] = math.inf  # some other weight has diverged
     torn = torch.cat([v.flatten() for v in views.values()])[None]
-    assert job.measure(method | {"params": torn}, 10)["growth"].isfinite()
+    assert work.measure(job, method | {"params": torn}, 10)["growth"].isfinite()
     for look in (before, found):
         full, pruned = look["full_loss"].item(), look["pruned.full_loss"].item()
         assert pruned == pytest.approx(full, rel=1e-3)

@@ -104,9 +104,9 @@ def test_power_decay_at_chosen_points():
     with pytest.raises(ValueError, match="^tau must be positive, not 0"):
         PowerDecay(3.0, tau=0.0)
     for rate in (-1.0, math.nan):
-        with pytest.raises(ValueError, match="^a learning rate must be at least 0"):
+        with pytest.raises(ValueError, match="^lr0 must be at least 0"):
             constant(rate)
-        with pytest.raises(ValueError, match="^a learning rate must be at least 0"):
+        with pytest.raises(ValueError, match="^lr0 must be at least 0"):
             CosineDecay(rate, 10)
     with pytest.raises(ValueError, match=r"^lr must be a schedule, such as constant"):
         SGD(0.1)
@@ -178,7 +178,7 @@ def test_a_weight_is_held_while_it_has_no_gradient():
 
 
 def test_holding_forever_is_refused():
-    with pytest.raises(ValueError, match="patience must be at least 1 step, not 0"):
+    with pytest.raises(ValueError, match="patience must be at least 1, not 0"):
         Held(SGD(constant(0.1)), patience=0)
 
 

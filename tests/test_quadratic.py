@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import random_numbers
+from problems import arrays_of, expect_resumable, random_numbers
 
-from l2olib import records
 from l2olib.experiments import HORIZONS, STAR_SHARES, find
 from l2olib.metatrain.evolution import clipped, es
 from l2olib.metatrain.quadratic import (
@@ -19,13 +18,8 @@ from l2olib.metatrain.quadratic import (
     problem_of,
     unroll_losses,
 )
-from l2olib.train import drive
 
 START = 10 * torch.eye(2, dtype=torch.float64)
-
-
-def arrays_of(work, **options):
-    return drive(work.job("cpu", False, {}), **options)[0]
 
 
 def test_a_run_is_that_of_the_model():
@@ -135,25 +129,14 @@ def test_a_resumed_variance_is_bit_identical(tmp_path):
         expect_resumable(work, tmp_path / f"{estimator}.checkpoint")
 
 
-def expect_resumable(work, path):
-    """Start anew from a checkpoint before every piece."""
-    whole, job = arrays_of(work), work.job("cpu", False, {})
-    records.write(path, records.flatten(job.start()), {})
-    done, total = 0, 1
-    while done < total:
-        job = work.job("cpu", False, {})
-        state = job.advance(records.unflatten(records.read(path)[0]))
-        records.write(path, records.flatten(state), {})
-        done, total = job.position(state)
-    parts = job.finish(state)
-    assert whole.keys() == parts.keys()
-    for name, value in whole.items():
-        assert torch.equal(value.nan_to_num(-1.0), parts[name].nan_to_num(-1.0)), name
-
-
 def test_seeds_come_in_whole_batches():
     with pytest.raises(ValueError, match="whole batches: 7 are not a multiple of 5"):
         GradientVariance(tuple(range(7)), batches=5)
+
+
+def test_an_estimator_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="^estimator must be one of .*, not 'foo'"):
+        GradientVariance((0, 1), "foo", batches=1)
 
 
 @pytest.mark.parametrize("horizons", [(5, 2), (1, 1), (0, 2)])
@@ -273,15 +256,15 @@ def test_the_lowest_loss_is_a_minimum():
     """Its gradient vanishes there, no optimizer nearby is better, and in one dimension
     it is the best of a fine grid."""
     problem = problem_of(HESSIAN)
-    lowest = lowest_loss(problem, START, 50)
+    lowest = lowest_loss(HESSIAN, 10.0, 50)
     gains = 0.3 * torch.eye(2).double() + 0.3 * random_numbers(0, 4_000, 2, 2)
     losses = problem.step_losses(problem.dynamics(gains), START, 50).mean(-1)
     assert lowest < losses.min()
-    single = problem_of(((2.0,),))
+    single = problem_of(curved := ((2.0,),))
     grid = torch.linspace(0, 1, 20_001).double()[:, None, None]
     one = 10 * torch.eye(1).double()
     best = single.step_losses(single.dynamics(grid), one, 50).mean(-1).min()
-    assert lowest_loss(single, one, 50).item() == pytest.approx(best.item(), rel=1e-7)
+    assert lowest_loss(curved, 10.0, 50).item() == pytest.approx(best.item(), rel=1e-7)
 
 
 def test_meta_training_approaches_the_optimum():
@@ -297,7 +280,6 @@ def test_meta_training_approaches_the_optimum():
 
 def test_the_papers_settings():
     """Scale of the figures: laptop is the paper's own."""
-    assert HESSIAN == ((1.11, 0.596), (0.596, 0.486))
     exact, _ = (r.work for r in find("star.fig2a")[0].runs("laptop"))
     assert (len(exact.seeds), exact.points, exact.spread) == (500, 50, 10.0)
     assert exact.horizons == HORIZONS and len(HORIZONS) == 20

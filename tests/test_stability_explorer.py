@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import torch
 from playwright.sync_api import Browser, Page
+from problems import complaints_of
 
 from l2olib.stability import NoisyQuadratic, spectral_radius
 
@@ -59,20 +60,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def page(browser: Browser, address: str) -> Iterator[Page]:
     """Open the page on a telephone without network; fail on any complaint."""
-    complaints: list[str] = []
     context = browser.new_context(viewport={"width": 375, "height": 800})
     context.set_offline(True)
     opened = context.new_page()
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("console", lambda message: complaints.append(message.text))
-    opened.on(
-        "request",
-        lambda request: (
-            None
-            if request.url.startswith(("file:", "data:", "blob:"))
-            else complaints.append(request.url)
-        ),
-    )
+    complaints = complaints_of(opened)
     opened.goto(address, timeout=120_000)
     opened.wait_for_selector(".stability-explorer .plot svg", timeout=60_000)
     yield opened

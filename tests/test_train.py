@@ -16,7 +16,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from problems import SRC, Clock, Noise, Stateless, Step, make_toy_data, random_numbers  # noqa: F401
+from problems import (
+    SRC,
+    Clock,
+    Noise,
+    Stateless,
+    Step,
+    expect_resumable,
+    make_toy_data,  # noqa: F401
+    random_numbers,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -581,16 +590,9 @@ def test_an_optimizer_released_from_its_own_run_repeats_it(toy_data):
 
 
 def test_a_released_run_resumes_to_the_same_bits(toy_data, tmp_path):
-    def job():
-        method = LGL2O(SMALL, GD, n_t=5, n_c=2)
-        config = Released.of(work(method), after=GD, ahead=10)
-        return config.job("cpu", False, metas_of(method))
-
-    whole, _ = drive(job())
-    with pytest.raises(Unfinished):
-        drive(job(), checkpoint=tmp_path / "c", time_limit=1e-9)
-    again, _ = drive(job(), checkpoint=tmp_path / "c")
-    assert torch.equal(whole["released"], again["released"])
+    method = LGL2O(SMALL, GD, n_t=5, n_c=2)
+    config = Released.of(work(method), after=GD, ahead=10)
+    whole = expect_resumable(config, tmp_path / "checkpoint", metas_of(method))
     assert whole["released"].isfinite().all()
 
 

@@ -1,6 +1,7 @@
 """Data sets on a device, and the order in which their items are used.
 
-Loaders read only the unpacked layout below one data folder and verify what they read.
+Data sets that come as files are read from the unpacked layout below one data folder and
+verified; the others are made here, or come with an installed package.
 Batch indices are pure integer functions of their arguments: the same on every device,
 after a resume and in any grouping.
 """
@@ -798,6 +799,15 @@ def train_indices(
     if not parts:
         return torch.empty(0, batch, dtype=torch.int64, device=device)
     return torch.cat(parts)
+
+
+def train_batches(
+    n: int, batch: int, seeds: Iterable[int], start: int, count: int, device: Device
+) -> Tensor:
+    """Return :func:`train_indices` of several streams: [len(seeds), count, batch]."""
+    return torch.stack(
+        [train_indices(n, batch, s, start, count, device=device) for s in seeds]
+    )
 
 
 def valid_indices(

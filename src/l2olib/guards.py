@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .optimizees import Task
-from .optimizers import Meta, Optimizer, State, check_least
+from .optimizers import Optimizer, State, check_least, check_literals
 from .records import later
-from .train import Cost, Trace, inner_steps
+from .train import Cost, Metas, Trace, inner_steps
 
-Metas = dict[str, Meta]
 Memory = Literal["carry", "revert", "reset"]
 
 
@@ -39,6 +38,11 @@ def finite(state: Any) -> Tensor | bool:
     """Whether every number of a state is finite (a scalar bool; True of no numbers)."""
     leaves = [x.isfinite().all() for x in tree_leaves(state)]
     return torch.stack(leaves).all() if leaves else True
+
+
+def _standard_error(delta: Tensor) -> Tensor:
+    """That of the mean of all of ``delta``."""
+    return delta.std() / delta.numel() ** 0.5
 
 
 # ---- tests of a noisy criterion ------------------------------------------------------
@@ -58,8 +62,7 @@ class Margin:
     z: float = 3.0
 
     def __post_init__(self) -> None:
-        if not self.z >= 0:
-            raise ValueError(f"z must be at least 0, not {self.z}")
+        check_least(self, z=0)
 
     traces = ()
 
@@ -70,8 +73,7 @@ class Margin:
         self, delta: Tensor, apart: Tensor, state: State
     ) -> tuple[Tensor, State, Trace]:
         """Judge per-item differences ``delta [n_c, B]`` of candidates ``apart``."""
-        error = delta.std() / delta.numel() ** 0.5
-        return delta.mean() < -self.z * error, state, {}
+        return delta.mean() < -self.z * _standard_error(delta), state, {}
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,19 @@ class Coin:
 
 
 @dataclass(frozen=True)
-class LGL2O:
+class _OverTwo:
+    """What all methods of this module share."""
+
+    proposal: Optimizer
+    fallback: Optimizer
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"proposal": self.proposal, "fallback": self.fallback}
+
+
+@dataclass(frozen=True)
+class LGL2O(_OverTwo):
     """Loss-guarded L2O: n_t steps of both, then keep the one of lower validation loss.
 
     From the same point x, ``proposal`` and ``fallback`` each take ``n_t`` steps on the
@@ -181,8 +195,6 @@ class LGL2O:
     proposal's state is reset. A state that is not finite is never carried on.
     """
 
-    proposal: Optimizer
-    fallback: Optimizer
     n_t: int = 10
     n_c: int = 10
     validation: Literal["disjoint", "iid", "fixed", "full"] = "disjoint"
@@ -197,18 +209,7 @@ class LGL2O:
 
     def __post_init__(self) -> None:
         check_least(self, n_t=1, n_c=1)
-        allowed = {
-            "validation": ("disjoint", "iid", "fixed", "full"),
-            "proposal_state": ("carry", "revert", "reset"),
-            "fallback_state": ("keep", "revert", "reset"),
-            "clock": ("global", "accepted"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(values)}, "
-                    f"not {getattr(self, name)!r}"
-                )
+        check_literals(self)
         if not isinstance(self.test, Margin | Sequential | Coin | None):
             raise ValueError(
                 f"test must be a Margin, Sequential, Coin or None, not {self.test!r}"
@@ -234,10 +235,6 @@ class LGL2O:
         more = () if self.test is None else self.test.traces
         names = ("use_l2o", "valid_l2o", "valid_fallback", "standard_error")
         return (*names, *more, *self.also)
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"proposal": self.proposal, "fallback": self.fallback}
 
     def init(self, params: Tensor) -> State:
         states = {role: opt.init(params) for role, opt in self.optimizers.items()}
@@ -292,7 +289,7 @@ class LGL2O:
         ends, states, losses = {}, {}, {}
         for role, optimizer in self.optimizers.items():
             ends[role], states[role], losses[role] = inner_steps(
-                task, optimizer, metas[role], x, state[role], batches, first
+                task, optimizer.update, metas[role], x, state[role], batches, first
             )
         y, z = ends["proposal"], ends["fallback"]
         l_y = self.losses(task, y, held_out)
@@ -359,7 +356,7 @@ class LGL2O:
         """Standard error of the mean of ``delta`` (0 for the full loss)."""
         if self.validation == "full":
             return torch.zeros_like(delta[0])
-        return delta.std() / delta.numel() ** 0.5
+        return _standard_error(delta)
 
     def _proposal_after(
         self, use: Tensor, stay: Tensor, start: State, end: State, x: Tensor
@@ -515,8 +512,7 @@ class Shadow(LGL2O):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.slack >= 0:
-            raise ValueError(f"slack must be at least 0, not {self.slack}")
+        check_least(self, slack=0)
         if self.slack and isinstance(self.test, Sequential):
             raise ValueError("slack goes with a Margin or no test, not with Sequential")
 
@@ -538,7 +534,7 @@ class Shadow(LGL2O):
         shadow: State = {}
         s, shadow["optimizer"], losses = inner_steps(
             task,
-            self.fallback,
+            self.fallback.update,
             metas["fallback"],
             state["shadow"]["params"],
             state["shadow"]["optimizer"],
@@ -666,7 +662,7 @@ def _inside(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class GL2O:
+class GL2O(_OverTwo):
     """Residual-guarded L2O (Heaton et al., "Safeguarded Learned Convex Optimization").
 
     A proposal y is accepted when the fallback would hardly move it: with T(y) the
@@ -687,8 +683,6 @@ class GL2O:
     learned optimizer that is not finite is never carried on.
     """
 
-    proposal: Optimizer
-    fallback: Optimizer
     sequence: Any = MovingAverage()
     alpha: float = 0.99
     scaled: bool = True
@@ -702,26 +696,14 @@ class GL2O:
                 f"sequence must be Geometric, MovingAverage, ArithmeticAverage or "
                 f"RecentMax, not {self.sequence!r}"
             )
-        if self.proposal_state not in ("carry", "revert"):
-            raise ValueError(
-                f"proposal_state must be carry or revert, not {self.proposal_state!r}"
-            )
+        check_literals(self)
 
-    @property
-    def interval(self) -> int:
-        return 1
+    interval = 1
+    traces = ("use_l2o", "residual", "bar")
 
     @property
     def batches(self) -> tuple[int, str] | None:
         return (1, "disjoint") if self.fresh else None
-
-    @property
-    def traces(self) -> tuple[str, ...]:
-        return ("use_l2o", "residual", "bar")
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"proposal": self.proposal, "fallback": self.fallback}
 
     def init(self, params: Tensor) -> State:
         states = {role: opt.init(params) for role, opt in self.optimizers.items()}
@@ -815,7 +797,7 @@ class GL2O:
 
 
 @dataclass(frozen=True)
-class Switch:
+class Switch(_OverTwo):
     """The proposal for ``at`` steps, then the fallback for good; nothing is compared.
 
     A guard that does not beat it owes its success to the change of optimizer and not
@@ -823,28 +805,14 @@ class Switch:
     clock set to that step.
     """
 
-    proposal: Optimizer
-    fallback: Optimizer
     at: int = 100
+
+    interval = 1
+    batches = None
+    traces = ()
 
     def __post_init__(self) -> None:
         check_least(self, at=1)
-
-    @property
-    def interval(self) -> int:
-        return 1
-
-    @property
-    def batches(self) -> None:
-        return None
-
-    @property
-    def traces(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"proposal": self.proposal, "fallback": self.fallback}
 
     def init(self, params: Tensor) -> State:
         """Start with the proposal: the state names the optimizer at work."""
@@ -869,7 +837,7 @@ class Switch:
         (role,) = state.keys() - {"params"}
         params, inner, losses = inner_steps(
             task,
-            self.optimizers[role],
+            self.optimizers[role].update,
             metas[role],
             state["params"],
             state[role],

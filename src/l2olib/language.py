@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .optimizees import Batch, Layout, normalized, truncated_start, wrong
+from .optimizees import Classifier, Layout, normalized, truncated_start
 
 
 @dataclass(frozen=True)
-class _LanguageModel:
+class _LanguageModel(Classifier):
     """Shared: an embedding before, a linear layer after, the mean over places.
 
     ``length`` is the number of words in an item.
@@ -29,22 +29,6 @@ class _LanguageModel:
 
     vocabulary: int
     length: int
-
-    def logits(self, params: Tensor, x: Tensor) -> Tensor:
-        """Scores ``[B, T, vocabulary]`` of the words after each of ``x [B, T]``."""
-        raise TypeError("a language model defines logits")
-
-    def losses(self, params: Tensor, batch: Batch) -> Tensor:
-        x, y = batch
-        logits = self.logits(params, x)
-        each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        return each.view(y.shape).mean(1)
-
-    def errors(self, params: Tensor, batch: Batch) -> Tensor:
-        """Share of the words of each item that are not the likeliest one ``[B]``."""
-        x, y = batch
-        logits = self.logits(params, x)
-        return wrong(logits, y).mean(1)
 
 
 @dataclass(frozen=True)

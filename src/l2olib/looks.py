@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import train_indices
+from .data import train_batches
 from .learned.mlp import MLPOptimizer
-from .optimizers import State
-from .train import Metas, Trace, Training, TrainingJob
+from .optimizers import State, check_least
+from .train import Trace, Training, TrainingJob
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,20 @@ class Idle(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seen < 1:
-            raise ValueError(f"seen must be at least 1 item, not {self.seen}")
+        check_least(self, seen=1)
 
-    def job(self, device: str, compile: bool, metas: Metas) -> IdleJob:
-        return IdleJob(self, metas, device, compile)
-
-
-@dataclass
-class IdleJob(TrainingJob):
-    """The resumable computation of an :class:`Idle`."""
-
-    config: Idle
-
-    def measure(self, method: State, end: int) -> Trace:
-        c, params = self.config, method["params"]
-        idx = torch.arange(min(c.seen, self.task.items), device=self.device)
-        reached = torch.func.vmap(lambda at: self.task.loss_and_grad(at, idx)[1])
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        task, params = job.task, method["params"]
+        idx = torch.arange(min(self.seen, task.items), device=job.device)
+        reached = torch.func.vmap(lambda at: task.loss_and_grad(at, idx)[1])
         idle = reached(params) == 0
-        first = torch.stack([c.optimizee.init(s) for s in c.group]).to(params)
+        first = torch.stack([self.optimizee.init(s) for s in self.group]).to(params)
         pruned = params.masked_fill(idle, 0.0)
-        found = {f"pruned.{k}": look(pruned) for k, look in self.looks.items()}
+        found = {f"pruned.{k}": look(pruned) for k, look in job.looks.items()}
         found["idle"] = idle.float().mean(1)
         now, before = (v.masked_fill(~idle, 0.0).norm(dim=1) for v in (params, first))
         found["growth"] = now / before
-        return super().measure(method, end) | found
+        return super().measure(job, method, end) | found
 
 
 @dataclass(frozen=True)
@@ -72,18 +61,10 @@ class Norms(Training):
     optimizee, in its layout's order, the Euclidean norm.
     """
 
-    def job(self, device: str, compile: bool, metas: Metas) -> NormsJob:
-        return NormsJob(self, metas, device, compile)
-
-
-@dataclass
-class NormsJob(TrainingJob):
-    """The resumable computation of a :class:`Norms`."""
-
-    def measure(self, method: State, end: int) -> Trace:
-        parts = self.config.optimizee.layout.views(method["params"]).values()
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        parts = self.optimizee.layout.views(method["params"]).values()
         norms = torch.stack([part.flatten(1).norm(dim=1) for part in parts], 1)
-        return super().measure(method, end) | {"norms": norms}
+        return super().measure(job, method, end) | {"norms": norms}
 
 
 @dataclass(frozen=True)
@@ -106,29 +87,14 @@ class Heads(Training):
         if not isinstance(optimizer, MLPOptimizer):
             raise ValueError("the method must be one MLPOptimizer alone: it has heads")
 
-    def job(self, device: str, compile: bool, metas: Metas) -> HeadsJob:
-        return HeadsJob(self, metas, device, compile)
-
-
-@dataclass
-class HeadsJob(TrainingJob):
-    """The resumable computation of a :class:`Heads`."""
-
-    config: Heads
-
-    def measure(self, method: State, end: int) -> Trace:
-        c, optimizer = self.config, self.config.method.optimizer
-        batches = [
-            train_indices(
-                self.task.items, c.batch, seed, end, 1, device=self.device
-            )[0]
-            for seed in c.group
-        ]  # fmt: skip
-        clocks = [torch.tensor(at, device=self.device) for at in c.clocks]
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        task, optimizer, device = job.task, self.method.optimizer, job.device
+        batches = train_batches(task.items, self.batch, self.group, end, 1, device)
+        clocks = [torch.tensor(at, device=device) for at in self.clocks]
 
         def read(params: Tensor, state: State, idx: Tensor) -> Tensor:
-            grad = self.task.loss_and_grad(params, idx)[1]
-            look = (self.metas["optimizer"], grad, state, params)
+            grad = task.loss_and_grad(params, idx)[1]
+            look = (job.metas["optimizer"], grad, state, params)
             heads = torch.stack(
                 [optimizer.heads_at(*look, at) for at in (state["step"], *clocks)]
             )
@@ -136,7 +102,7 @@ class HeadsJob(TrainingJob):
             return torch.stack(spread, -1)
 
         state = method["optimizer"]
-        found = torch.func.vmap(read)(method["params"], state, torch.stack(batches))
+        found = torch.func.vmap(read)(method["params"], state, batches[:, 0])
         reached, r = state["r"] > 0, state["r"]
         small = ((r < 1e-6) & reached).sum(1) / reached.sum(1)
-        return super().measure(method, end) | {"heads": found, "small": small}
+        return super().measure(job, method, end) | {"heads": found, "small": small}

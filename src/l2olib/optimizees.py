@@ -12,16 +12,17 @@ place, where the convolution is called.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .data import DataSet, Split
+from .optimizers import check_among, check_literals
 from .records import later
 
 Batch = tuple[Tensor, Tensor]
@@ -32,6 +33,11 @@ class Layout:
     """Named views into a flat vector: ``shapes`` maps a name to its (in, out) shape."""
 
     shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout of these tensors, in their order."""
+        return cls({name: tuple(value.shape) for name, value in tensors.items()})
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -103,13 +109,6 @@ Norm = Literal["none", "layer", "batch"]
 Loss = Literal["cross entropy", "squared error", "reconstruction"]
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
-
-
-def _check(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name} is {value!r}: choose from " + ", ".join(map(repr, allowed))
-        )
 
 
 def uniform_start(layout: Layout, seed: int) -> Tensor:
@@ -207,25 +206,34 @@ def wrong(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Classifier:
-    """Shared by networks that end in log-softmax and negative log-likelihood."""
+class Classifier:
+    """Shared by networks that end in log-softmax and negative log-likelihood.
+
+    Of items with a label, ``y [B]``, or with one at each place, ``y [B, T]``: losses
+    and errors are then means over the places.
+    """
 
     def logits(self, params: Tensor, x: Tensor) -> Tensor:
         raise TypeError("a classifier defines logits")
 
     def losses(self, params: Tensor, batch: Batch) -> Tensor:
         x, y = batch
-        return F.cross_entropy(self.logits(params, x), y, reduction="none")
+        logits = self.logits(params, x)
+        each = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none")
+        return _over_places(each.view(y.shape))
 
     def errors(self, params: Tensor, batch: Batch) -> Tensor:
-        """Per-item 0/1 errors ``[B]``."""
+        """Per-item 0/1 errors, or shares of places, ``[B]``."""
         x, y = batch
-        logits = self.logits(params, x)
-        return wrong(logits, y)
+        return _over_places(wrong(self.logits(params, x), y))
+
+
+def _over_places(values: Tensor) -> Tensor:
+    return values if values.ndim == 1 else values.mean(1)
 
 
 @dataclass(frozen=True)
-class MLP(_Classifier):
+class MLP(Classifier):
     """Fully connected network, e.g. ``MLP((784, 20, 10))`` (LGL2O, App. D).
 
     Inputs of any shape ``[B, ...]`` are flattened to ``[B, sizes[0]]``. STAR's tasks
@@ -243,10 +251,8 @@ class MLP(_Classifier):
     start: Start = later("uniform")
 
     def __post_init__(self) -> None:
-        _check("activation", self.activation, ACTIVATIONS)
-        _check("norm", self.norm, get_args(Norm))
-        _check("loss", self.loss, get_args(Loss))
-        _check("start", self.start, STARTS)
+        check_literals(self)
+        check_among("activation", self.activation, ACTIVATIONS)
         if self.norm != "none" and self.start == "uniform":
             raise ValueError("a network with norms starts 'truncated normal'")
         if self.loss == "reconstruction" and self.sizes[0] != self.sizes[-1]:
@@ -301,7 +307,7 @@ class MLP(_Classifier):
 
 
 @dataclass(frozen=True)
-class ConvNet(_Classifier):
+class ConvNet(Classifier):
     """Strided convolutions, then one linear layer.
 
     LGL2O's Conv3 and Conv5 (section 4 and App. D; padding, batch norm and activation
@@ -322,8 +328,8 @@ class ConvNet(_Classifier):
     start: Start = later("uniform")
 
     def __post_init__(self) -> None:
-        _check("activation", self.activation, ACTIVATIONS)
-        _check("start", self.start, STARTS)
+        check_literals(self)
+        check_among("activation", self.activation, ACTIVATIONS)
 
     @cached_property
     def spatial(self) -> tuple[tuple[int, int], ...]:
@@ -374,24 +380,15 @@ class ConvNet(_Classifier):
         return work(items, layers, gradient)
 
 
-def conv3(
-    image: tuple[int, int, int], classes: int, activation: str = "sigmoid"
-) -> ConvNet:
+def conv3(image: tuple[int, int, int], classes: int) -> ConvNet:
     """LGL2O's Conv3: channels 8, 16, 32; kernels 5, 3, 3; strides 2, 2, 2."""
-    return ConvNet(image, (8, 16, 32), (5, 3, 3), (2, 2, 2), classes, activation)
+    return ConvNet(image, (8, 16, 32), (5, 3, 3), (2, 2, 2), classes)
 
 
-def conv5(
-    image: tuple[int, int, int], classes: int, activation: str = "sigmoid"
-) -> ConvNet:
+def conv5(image: tuple[int, int, int], classes: int) -> ConvNet:
     """LGL2O's Conv5: channels 8 to 64; kernels 3, 3, 3, 3, 1; strides 2, 2, 2, 1, 1."""
     return ConvNet(
-        image,
-        (8, 16, 32, 32, 64),
-        (3, 3, 3, 3, 1),
-        (2, 2, 2, 1, 1),
-        classes,
-        activation,
+        image, (8, 16, 32, 32, 64), (3, 3, 3, 3, 1), (2, 2, 2, 1, 1), classes
     )
 
 
@@ -411,7 +408,7 @@ def conv_star(image: tuple[int, int, int], classes: int) -> ConvNet:
 
 
 @dataclass(frozen=True)
-class ResNet(_Classifier):
+class ResNet(Classifier):
     """A residual network, version 2, with one bottleneck block a group (STAR's tasks).
 
     A convolution of 64 channels and stride 2 and a max-pool of stride 2; then for each
@@ -550,7 +547,8 @@ class Quadratic:
 
 @dataclass
 class Task:
-    """An optimizee on a data set: loss and gradient at indices of training items.
+    """An optimizee on a data set: losses and gradients at indices of training items,
+    and losses of whole splits.
 
     This is all that a method sees. Indices are ``[B]`` int64; parameters ``[n]``.
     """

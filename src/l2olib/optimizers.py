@@ -15,8 +15,10 @@ and ``torch.where`` treat every optimizer alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -52,16 +54,31 @@ def _count(params: Tensor) -> Tensor:
 
 
 def check_least(config: Any, **lowest: int) -> None:
-    """Refuse a configuration of which a field is below its ``lowest`` value."""
+    """Refuse a configuration of which a field is below its ``lowest`` value, or NaN."""
     for name, low in lowest.items():
         value = getattr(config, name)
-        if value < low:
+        if not value >= low:
             raise ValueError(f"{name} must be at least {low}, not {value}")
 
 
-def _check_rate(rate: float) -> None:
-    if not rate >= 0:
-        raise ValueError(f"a learning rate must be at least 0, not {rate}")
+def check_among(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Refuse a value that is none of the ``allowed`` ones."""
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+
+
+def check_literals(config: Any) -> None:
+    """Refuse a configuration of which a field has none of its Literal type's values."""
+    kind: Any = type(config)
+    for name, allowed in _literals(kind).items():
+        check_among(name, getattr(config, name), allowed)
+
+
+@cache
+def _literals(kind: Any) -> dict[str, tuple[Any, ...]]:
+    hints = get_type_hints(kind)
+    return {name: get_args(t) for name, t in hints.items() if get_origin(t) is Literal}
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ class PowerDecay:
     power: float = 1.5
 
     def __post_init__(self) -> None:
-        _check_rate(self.lr0)
+        check_least(self, lr0=0)
         if not self.tau > 0:
             raise ValueError(f"tau must be positive, not {self.tau}")
 
@@ -105,8 +122,7 @@ class CosineDecay:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_rate(self.lr0)
-        check_least(self, steps=1)
+        check_least(self, lr0=0, steps=1)
         if not (0 <= self.hold < 1 and 0 <= self.warmup <= 1):
             raise ValueError(
                 "hold must lie in [0, 1) and warmup in [0, 1], not "
@@ -328,8 +344,7 @@ class Held(Wrapped):
     patience: int = 100
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1 step, not {self.patience}")
+        check_least(self, patience=1)
 
     def init(self, params: Tensor) -> State:
         quiet = torch.zeros_like(params, dtype=torch.int32)

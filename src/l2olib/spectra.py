@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .optimizees import Task
 from .optimizers import Meta, Optimizer, State
-from .train import Metas, Trace, Training, TrainingJob
+from .train import Trace, Training, TrainingJob
 
 
 def step_map(
@@ -63,9 +63,7 @@ def step_map(
     return step, torch.cat([v.flatten() for v in point])
 
 
-def balanced(
-    function: Callable[[Tensor], Tensor], at: Tensor, sweeps: int = 4, seed: int = 0
-) -> Tensor:
+def balanced(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """Units ``d [n]`` in which the derivative of ``function`` is well scaled.
 
     In them it is D^-1 J D, which has the eigenvalues of J. A sweep makes the norms of
@@ -75,9 +73,9 @@ def balanced(
     nearly vanishes, entries of J are in the billions, and Arnoldi sees nothing else.
     """
     d = torch.ones_like(at)
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(0)
     pull = vjp(function, at)[1]
-    for _ in range(sweeps):
+    for _ in range(4):
         signs = (torch.randint(0, 2, at.shape, generator=draws) * 2 - 1).to(at)
         rows = (jvp(function, (at,), (signs * d,))[1] / d).abs()
         columns = (pull(signs / d)[0] * d).abs()
@@ -87,7 +85,7 @@ def balanced(
 
 
 def ritz_values(
-    function: Callable[[Tensor], Tensor], at: Tensor, size: int, seed: int = 0
+    function: Callable[[Tensor], Tensor], at: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the derivative of ``function`` at ``at [n]``, by Arnoldi.
 
@@ -97,8 +95,8 @@ def ritz_values(
     is exhausted (a derivative of low rank, a small n) there are fewer, and the rest is
     NaN. Raises ValueError if the derivative is not finite.
     """
-    d = balanced(function, at, seed=seed)
-    draw = torch.randn(len(at), generator=torch.Generator().manual_seed(seed))
+    d = balanced(function, at)
+    draw = torch.randn(len(at), generator=torch.Generator().manual_seed(0))
     first = draw.to(at)
     basis = [first / first.norm()]
     hessenberg = at.new_zeros(size + 1, size)
@@ -152,33 +150,21 @@ class Linearised(Training):
         if not hasattr(self.method, "optimizer"):
             raise ValueError("the method must be one optimizer alone, not a guard")
 
-    def job(self, device: str, compile: bool, metas: Metas) -> LinearisedJob:
-        return LinearisedJob(self, metas, device, compile)
-
-
-@dataclass
-class LinearisedJob(TrainingJob):
-    """The resumable computation of a :class:`Linearised`."""
-
-    config: Linearised
-
-    def measure(self, method: State, end: int) -> Trace:
-        c, found = self.config, super().measure(method, end)
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        task, found = job.task, super().measure(job, method, end)
         if not method["params"].isfinite().all():
-            blank = torch.full((1, c.size, 2), torch.nan)
+            blank = torch.full((1, self.size, 2), torch.nan)
             return found | {"ritz": blank, "residuals": blank[..., 0]}
         inner = pytree.tree_map(lambda v: v[0], method)
         step, point = step_map(
-            self.task,
-            c.method.optimizer,
-            {k: v.double() for k, v in self.metas["optimizer"].items()},
+            task,
+            self.method.optimizer,
+            {k: v.double() for k, v in job.metas["optimizer"].items()},
             inner["params"].double(),
             inner["optimizer"],
-            torch.arange(
-                min(c.sample or self.task.items, self.task.items), device=self.device
-            ),
+            torch.arange(min(self.sample or task.items, task.items), device=job.device),
         )
-        values, residuals = ritz_values(step, point, c.size)
+        values, residuals = ritz_values(step, point, self.size)
         return found | {
             "ritz": torch.view_as_real(values)[None].float(),
             "residuals": residuals[None].float(),

@@ -16,6 +16,7 @@ Chapter "Stability of learned optimizers" proves the statements used here.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -340,13 +341,7 @@ def momentum_polynomial(
         return torch.stack([one, -(1 + beta) * (1 - s), beta * (1 - s)], dim=-1)
 
     def product(roots: list[float]) -> list[float]:
-        coefficients = [1.0]
-        for root in roots:
-            shifted = [*coefficients, 0.0]
-            for i, c in enumerate(coefficients):
-                shifted[i + 1] -= root * c
-            coefficients = shifted
-        return coefficients
+        return np.atleast_1d(np.poly(roots)).tolist()
 
     weights = [1 - v if method == "ema" else 1.0 for v in values]
     others = [

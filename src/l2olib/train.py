@@ -2,8 +2,8 @@
 
 :func:`drive` is the one loop behind every long computation of the book: it advances a
 job in small pieces, writes a checkpoint now and then, continues a killed one to the
-bit-identical end, and stops cleanly at a time limit. :class:`Training` is the job that
-runs a method (an optimizer alone, a guard, ...) on an optimizee.
+bit-identical end, and stops cleanly at a time limit. :class:`Training` configures a
+method (an optimizer alone, a guard, ...) on an optimizee; :class:`TrainingJob` runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import records
-from .data import DataError, load, train_indices, valid_indices
-from .optimizees import Task, check_built_for
+from .data import DataError, load, train_batches, valid_indices
+from .optimizees import Layout, Task, check_built_for
 from .optimizers import Meta, Optimizer, State, check_least
 
 RATE, OVERHEAD = 1.6e10, 6e-4
@@ -195,6 +195,11 @@ def drive(
             raise
 
 
+def _signature(given: list[Any], form: Any) -> tuple[Any, ...]:
+    """What a graph is made for: arguments of these shapes and types."""
+    return form, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given)
+
+
 def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
     """``torch.compile`` as a flag: the same function, its element-wise work fused.
 
@@ -209,10 +214,7 @@ def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
 
     def call(*args: Any, **named: Any) -> Any:
         given, form = tree_flatten((args, named))
-        key = (
-            form,
-            *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given),
-        )
+        key = _signature(given, form)
         if key not in graphs:
 
             def flat(*given: Any) -> Any:
@@ -244,10 +246,7 @@ class Captured:
         if self.graphs is None or torch.is_grad_enabled():
             return self.function(*args)
         given, form = tree_flatten(args)
-        key = (
-            form,
-            *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in given),
-        )
+        key = _signature(given, form)
         if key not in self.graphs:
             with torch.cuda.device(self.device):
                 return self._capture(key, given, form)
@@ -367,27 +366,37 @@ class Method(Protocol):
         ...
 
 
+Order = Literal["first", "full"]
+
+
 def inner_steps(
     task: Task,
-    optimizer: Optimizer,
+    update: Callable[..., Any],
     meta: Meta,
     params: Tensor,
     state: State,
     batches: Tensor,
     first: tuple[Tensor, Tensor] | None = None,
+    order: Order = "full",
 ) -> tuple[Tensor, State, Tensor]:
-    """Take one optimizer step on each of ``batches [T, B]``.
+    """Take one step of an optimizer's ``update`` on each of ``batches [T, B]``.
 
     ``first``: loss and gradient of the first batch at ``params`` where already known.
     Returns parameters, optimizer state and the losses before each step ``[T]``.
+
+    ``order="first"`` treats the gradient that enters the optimizer as data (no second
+    derivatives of the optimizee, as both public code bases do); ``"full"``
+    differentiates through it.
     """
     losses = []
     for i in range(len(batches)):
+        at = params.detach() if order == "first" else params
         known = first if i == 0 else None
-        loss, grad = known or task.loss_and_grad(params, batches[i])
-        delta, state = optimizer.update(meta, grad, state, params, loss=loss)
+        loss, grad = known or task.loss_and_grad(at, batches[i])
+        # Value f(at); its derivative in params is the same recorded gradient.
+        losses.append(loss + grad @ (params - at) if order == "first" else loss)
+        delta, state = update(meta, grad, state, params, loss=loss)
         params = params + delta
-        losses.append(loss)
     return params, state, torch.stack(losses)
 
 
@@ -397,17 +406,9 @@ class Alone:
 
     optimizer: Optimizer
 
-    @property
-    def interval(self) -> int:
-        return 1
-
-    @property
-    def batches(self) -> None:
-        return None
-
-    @property
-    def traces(self) -> tuple[str, ...]:
-        return ()
+    interval = 1
+    batches = None
+    traces = ()
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -427,7 +428,7 @@ class Alone:
         """Take ``len(train)`` steps; the trace holds the losses before each."""
         params, inner, losses = inner_steps(
             task,
-            self.optimizer,
+            self.optimizer.update,
             metas["optimizer"],
             state["params"],
             state["optimizer"],
@@ -531,6 +532,10 @@ class Training:
     def job(self, device: str, compile: bool, metas: Metas) -> Job:
         return TrainingJob(self, metas, device, compile)
 
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        """What is recorded at a mark, from the method's state there: [R, ...] each."""
+        return {name: look(method["params"]) for name, look in job.looks.items()}
+
     def seconds(self) -> float:
         """Estimated time on one CPU core."""
         cost = self.method.cost(self.optimizee, self.batch, 50_000)
@@ -547,10 +552,6 @@ class Training:
     def marks(self) -> list[int]:
         """Steps at which full-data and held-out losses are taken."""
         return log_spaced(self.segment, self.steps, self.evaluations, self.segment)
-
-
-def _shapes(meta: Meta) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in meta.items()}
 
 
 CANDIDATES = ("full_proposal", "full_fallback")
@@ -576,10 +577,11 @@ class TrainingJob:
                     f"the {role} is a learned optimizer without weights: give it those "
                     "of a meta-training, or optimizer.init_meta(seed)"
                 )
-            if _shapes(wanted) != _shapes(given):
+            own, other = Layout.of(wanted).shapes, Layout.of(given).shapes
+            if own != other:
                 raise ValueError(
-                    f"these weights are not for the {role}: it has "
-                    f"{_shapes(wanted)}, they have {_shapes(given)}"
+                    f"these weights are not for the {role}: it has {own}, they have "
+                    f"{other}"
                 )
         self.task = Task(c.optimizee, load(c.data, device=self.device))
         if c.batch > self.task.items:
@@ -635,12 +637,7 @@ class TrainingJob:
     def batches(self, start: int) -> tuple[Tensor, Tensor | None]:
         """Item numbers of the segment at ``start``: training and validation."""
         c, n = self.config, self.task.items
-        train = torch.stack(
-            [
-                train_indices(n, c.batch, seed, start, c.segment, device=self.device)
-                for seed in c.group
-            ]
-        )
+        train = train_batches(n, c.batch, c.group, start, c.segment, self.device)
         if c.method.batches is None:
             return train, None
         n_c, mode = c.method.batches
@@ -680,10 +677,6 @@ class TrainingJob:
         series = [k for k in traces[-1] if k not in last]
         return state, {k: torch.cat([t[k] for t in traces], 1) for k in series} | last
 
-    def measure(self, method: State, end: int) -> Trace:
-        """What is recorded at a mark, from the method's state there: [R, ...] each."""
-        return {name: look(method["params"]) for name, look in self.looks.items()}
-
     @torch.no_grad()
     def advance(self, state: State) -> State:
         c, start = self.config, int(state["step"])
@@ -695,7 +688,7 @@ class TrainingJob:
             at = start // c.segment * width
             values[:, at : at + width] = trace[name].cpu()
         if end in c.marks:
-            for name, value in self.measure(method, end).items():
+            for name, value in c.measure(self, method, end).items():
                 shape = (c.replicas, len(c.marks), *value.shape[1:])
                 held = state["looks"].setdefault(name, torch.full(shape, torch.nan))
                 held[:, c.marks.index(end)] = value.cpu()
@@ -753,36 +746,22 @@ class Released(Training):
         if self.after is None or self.after.init_meta(0):
             raise ValueError("after must be an optimizer without weights, such as SGD")
 
-    def job(self, device: str, compile: bool, metas: Metas) -> Job:
-        return ReleasedJob(self, metas, device, compile)
-
-
-@dataclass
-class ReleasedJob(TrainingJob):
-    """The resumable computation of a :class:`Released`."""
-
-    config: Released
-
-    def measure(self, method: State, end: int) -> Trace:
-        c, alone = self.config, Alone(self.config.after)
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        alone = Alone(self.after)
 
         def piece(inner: State, batches: Tensor) -> State:
             metas: Metas = {"optimizer": {}}
-            return alone.segment(self.task, metas, inner, batches, None)[0]
+            return alone.segment(job.task, metas, inner, batches, None)[0]
 
         inner = torch.func.vmap(alone.init)(method["params"])
         inner["optimizer"]["step"].fill_(end)
-        for first in range(end, end + c.ahead, c.segment):
-            batches = [
-                train_indices(
-                    self.task.items, c.batch, seed, first, c.segment,
-                    device=self.device,
-                )
-                for seed in c.group
-            ]  # fmt: skip
-            inner = torch.func.vmap(piece)(inner, torch.stack(batches))
-        found = self.looks["full_loss"](inner["params"])
-        return super().measure(method, end) | {"released": found}
+        for first in range(end, end + self.ahead, self.segment):
+            batches = train_batches(
+                job.task.items, self.batch, self.group, first, self.segment, job.device
+            )
+            inner = torch.func.vmap(piece)(inner, batches)
+        found = job.looks["full_loss"](inner["params"])
+        return super().measure(job, method, end) | {"released": found}
 
 
 def shares(use: Tensor, ends: Tensor) -> Trace:
@@ -806,21 +785,19 @@ BURN_IN = 300
 """The step from which on a loss is smoothed (LGL2O, App. E)."""
 
 
-def summarize(
-    loss: Tensor, points: int = 300, window: int = 100, burn_in: int = BURN_IN
-) -> Trace:
+def summarize(loss: Tensor, points: int = 300) -> Trace:
     """Thin losses ``[R, K]`` to curves at about ``points`` log-spaced steps.
 
     ``steps [P]`` (1-based), ``loss [R, P]`` at exactly these steps, ``bin_mean [R, P]``
     over the steps after the previous point up to this one (the whole run without gaps,
     so means over windows between points stay exact), and ``smooth [R, P]``, the
-    trailing mean of ``window`` steps from step ``burn_in`` on, before it the loss as it
-    is (LGL2O, App. E; window ours).
+    trailing mean of 100 steps from step ``BURN_IN`` on, before it the loss as it is
+    (LGL2O, App. E; window ours).
     """
     steps = log_spaced(1, loss.shape[1], points)
     ends = torch.tensor(steps)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    trailing = torch.where(ends >= burn_in, (ends - window).clamp(min=0), ends - 1)
+    trailing = torch.where(ends >= BURN_IN, ends - 100, ends - 1)
 
     def means(first: Tensor) -> Tensor:
         spans = zip(first.tolist(), steps, strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,11 +65,11 @@ class Tuning(Training):
 
     def trial(self, k: int, final: bool = False) -> Training:
         """The training with candidate ``k``."""
-        own = {f.name: getattr(self, f.name) for f in fields(Training)}
-        own["method"] = self.candidates[k]
-        if final:
-            own |= {"method": stretched(own["method"], self.final), "steps": self.final}
-        return Training(**own)
+        method = self.candidates[k]
+        if not final:
+            return Training.of(self, method=method)
+        method = stretched(method, self.final)
+        return Training.of(self, method=method, steps=self.final)
 
     def left(self, scores: Tensor) -> list[int]:
         """Candidates still to be tried (of a ladder, as far as that is known).
@@ -250,7 +250,7 @@ def adam_ladder() -> tuple[Alone, ...]:
     return tuple(adam_at(rate) for rate in RATES)
 
 
-def nadamw_draws(count: int, steps: int, seed: int = 0) -> tuple[Alone, ...]:
+def nadamw_draws(count: int, steps: int) -> tuple[Alone, ...]:
     """Random settings of NAdamW with a cosine schedule over ``steps`` steps.
 
     STAR takes the best of 1,000 fixed settings; what is known of them here is how often
@@ -258,7 +258,7 @@ def nadamw_draws(count: int, steps: int, seed: int = 0) -> tuple[Alone, ...]:
     card, section 7). Those are the probabilities of the draws; the ranges are ours. A
     longer list begins with the shorter ones.
     """
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(0)
 
     def uniform(low: float, high: float) -> float:
         draw = torch.rand((), generator=gen, dtype=torch.float64).item()

@@ -137,10 +137,8 @@ def window_mean(
     Exact up to the snapping of a and b to the record's log-spaced points. Likewise
     other means over the bins between points, such as ``use_l2o`` over ``decisions``.
     """
-    steps = arrays[at]
     a, b = window
-    if int(steps[-1]) < b:
-        raise NotTestable(f"the records end at step {int(steps[-1])}, before {b}")
+    steps = _until(arrays, b, at)
     starts = torch.cat([steps.new_zeros(1), steps[:-1]])
     low = int((starts - a).abs().argmin())
     high = max(int((steps - b).abs().argmin()), low)
@@ -197,26 +195,57 @@ def _enough(n: int) -> None:
         raise NotTestable(f"{n} seeds are fewer than {PAIRS}")
 
 
+def _until(arrays: Arrays, last: int, at: str = "steps", of: str = "step") -> Tensor:
+    """The recorded points; NotTestable if they end before ``last``."""
+    points = arrays[at]
+    if (end := int(points[-1])) < last:
+        raise NotTestable(f"the records end at {of} {end}, before {last}")
+    return points
+
+
+def _nearly(found: Tensor, expected: bool = True) -> bool:
+    """Whether at least four fifths of the seeds show it (or at most one fifth)."""
+    share = found.double().mean().item()
+    return share >= 0.8 if expected else share <= 0.2
+
+
 # ---- tests ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Lower:
+class _OfOne:
+    """A test of a method, by the records of an experiment."""
+
+    experiment: str
+    method: str
+
+    def arrays(self, curves: Curves) -> Arrays:
+        return _method(curves, self.method)
+
+
+@dataclass(frozen=True)
+class _OfTwo(_OfOne):
+    """A test that compares it with another."""
+
+    reference: str
+
+    def both(self, curves: Curves) -> tuple[Arrays, Arrays]:
+        return _method(curves, self.method), _method(curves, self.reference)
+
+
+@dataclass(frozen=True)
+class Lower(_OfTwo):
     """``method`` has a lower mean training loss than ``reference`` over a window.
 
     By more than ``by`` nats (``by > 0`` claims a clear lead); paired by seed, exact
     one-sided sign-flip test. Losses above 1,000, or not finite, count as 1,000.
     """
 
-    experiment: str
-    method: str
-    reference: str
     window: Window
     by: float = 0.0
 
     def __call__(self, curves: Curves) -> Outcome:
-        a = window_mean(_method(curves, self.method), self.window)
-        b = window_mean(_method(curves, self.reference), self.window)
+        a, b = (window_mean(one, self.window) for one in self.both(curves))
         return _paired(a, b, -self.by)
 
     def __str__(self) -> str:
@@ -225,21 +254,17 @@ class Lower:
 
 
 @dataclass(frozen=True)
-class NotWorse:
+class NotWorse(_OfTwo):
     """``method`` is not worse than ``reference`` over a window, within a margin.
 
     The margin is 0.02 nat of mean training loss, or 5% of the reference's where that is
     below 0.1 (protocol, section 2). Paired by seed, one-sided sign-flip test.
     """
 
-    experiment: str
-    method: str
-    reference: str
     window: Window
 
     def __call__(self, curves: Curves) -> Outcome:
-        a = window_mean(_method(curves, self.method), self.window)
-        b = window_mean(_method(curves, self.reference), self.window)
+        a, b = (window_mean(one, self.window) for one in self.both(curves))
         margin = torch.where(b < 0.1, 0.05 * b, torch.full_like(b, 0.02))
         return _paired(a, b, torch.where(b < CEILING, margin, 0.0))
 
@@ -257,36 +282,30 @@ def _clipped(losses: Tensor) -> Tensor:
 
 def _paired(a: Tensor, b: Tensor, margin: float | Tensor) -> Outcome:
     """Test mean(a - b - margin) < 0 over seeds."""
-    _enough(len(a))
     a, b = _clipped(a), _clipped(b)
-    gap = a - b
-    p = sign_flip(gap - margin)
-    text = f"{against(a.mean(), b.mean())} nat, p = {p:.2g}, {len(a)} seeds"
-    return Outcome(p < ALPHA, p, text, detectable(gap))
+    text = f"{against(a.mean(), b.mean())} nat"
+    return replace(
+        _below_zero(a - b - margin, text, count=True), detectable=detectable(a - b)
+    )
 
 
 @dataclass(frozen=True)
-class Diverges:
+class Diverges(_OfOne):
     """``method`` diverges (or not) in at least four fifths of the seeds.
 
     With ``between``, the median time of divergence must lie in that range of steps.
     """
 
-    experiment: str
-    method: str
     expected: bool = True
     between: Window | None = None
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         diverged, onset = divergence(arrays)
         _enough(len(diverged))
-        horizon = int(arrays["steps"][-1])
-        if self.between is not None and horizon < self.between[1]:
-            raise NotTestable(f"the records end at step {horizon}")
-        share = diverged.double().mean().item()
+        horizon = int(_until(arrays, self.between[1] if self.between else 0)[-1])
         text = f"{int(diverged.sum())} of {len(diverged)} seeds diverge in {horizon:,}"
-        passed = share >= 0.8 if self.expected else share <= 0.2
+        passed = _nearly(diverged, self.expected)
         if diverged.any():
             middle = median(onset[diverged]).item()
             text += f" steps, median from step {middle:,.0f}"
@@ -304,16 +323,14 @@ class Diverges:
 
 
 @dataclass(frozen=True)
-class Later:
+class Later(_OfOne):
     """``method`` has a lower mean training loss over ``window`` than ``earlier``."""
 
-    experiment: str
-    method: str
     window: Window
     earlier: Window
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         late, early = (window_mean(arrays, w) for w in (self.window, self.earlier))
         return _paired(late, early, 0.0)
 
@@ -324,7 +341,7 @@ class Later:
 
 
 @dataclass(frozen=True)
-class Switching:
+class Switching(_OfOne):
     """The guard's choice drifts from the proposal to the fallback, but not for good.
 
     Share of decisions won by the proposal: lower in the last tenth of the run than in
@@ -332,20 +349,17 @@ class Switching:
     fifths of the seeds.
     """
 
-    experiment: str
-    method: str
-
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         last = int(arrays["decisions"][-1])
         early, late = (
             window_mean(arrays, window, "use_l2o", "decisions")
             for window in ((0, last // 10), (last - last // 10, last))
         )
-        _enough(len(early))
-        p, alive = sign_flip(late - early), (late > 0).double().mean().item()
-        text = f"share {early.mean():.3g}, then {late.mean():.3g}, p = {p:.2g}"
-        return Outcome(p < ALPHA and alive >= 0.8, p, text, detectable(late - early))
+        found = _below_zero(
+            late - early, f"share {early.mean():.3g}, then {late.mean():.3g}"
+        )
+        return replace(found, passed=found.passed and _nearly(late > 0))
 
     def __str__(self) -> str:
         return (
@@ -353,28 +367,25 @@ class Switching:
         )
 
 
-def _below_zero(gap: Tensor, text: str) -> Outcome:
+def _below_zero(gap: Tensor, text: str, count: bool = False) -> Outcome:
     """Test mean(gap) < 0 over seeds; ``text`` says what was measured."""
     _enough(len(gap))
     p = sign_flip(gap)
-    return Outcome(p < ALPHA, p, f"{text}, p = {p:.2g}", detectable(gap))
+    text = f"{text}, p = {p:.2g}" + f", {len(gap)} seeds" * count
+    return Outcome(p < ALPHA, p, text, detectable(gap))
 
 
 @dataclass(frozen=True)
-class MoreSwitching:
+class MoreSwitching(_OfTwo):
     """``method`` changes its choice in a larger share of decisions than ``reference``.
 
     Over the whole run; paired by seed, one-sided sign-flip test.
     """
 
-    experiment: str
-    method: str
-    reference: str
-
     def __call__(self, curves: Curves) -> Outcome:
         a, b = (
             arrays["switches"].double().sum(1) / arrays["decisions"][-1]
-            for arrays in (_method(curves, n) for n in (self.method, self.reference))
+            for arrays in self.both(curves)
         )
         text = f"{against(a.mean(), b.mean())} of decisions"
         return _below_zero(b - a, text)
@@ -384,22 +395,18 @@ class MoreSwitching:
 
 
 @dataclass(frozen=True)
-class AcceptsMore:
+class AcceptsMore(_OfTwo):
     """``method`` accepts a larger share of proposals than ``reference``.
 
     Over the whole run; paired by seed, one-sided sign-flip test.
     """
-
-    experiment: str
-    method: str
-    reference: str
 
     def __call__(self, curves: Curves) -> Outcome:
         a, b = (
             window_mean(
                 arrays, (0, int(arrays["decisions"][-1])), "use_l2o", "decisions"
             )
-            for arrays in (_method(curves, n) for n in (self.method, self.reference))
+            for arrays in self.both(curves)
         )
         return _below_zero(b - a, f"{a.mean():.1%} against {b.mean():.1%} of proposals")
 
@@ -408,27 +415,22 @@ class AcceptsMore:
 
 
 @dataclass(frozen=True)
-class Noisier:
+class Noisier(_OfTwo):
     """The smoothed loss of ``method`` varies more than that of ``reference``.
 
     Standard deviation over the recorded points of a window, of each seed; paired,
     one-sided sign-flip test.
     """
 
-    experiment: str
-    method: str
-    reference: str
     window: Window
 
     def __call__(self, curves: Curves) -> Outcome:
-        a, b = (self._spread(_method(curves, n)) for n in (self.method, self.reference))
+        a, b = map(self._spread, self.both(curves))
         text = f"spread {against(a.mean(), b.mean())} nat"
         return _below_zero(b - a, text)
 
     def _spread(self, arrays: Arrays) -> Tensor:
-        steps = arrays["steps"]
-        if int(steps[-1]) < self.window[1]:
-            raise NotTestable(f"the records end at step {int(steps[-1])}")
+        steps = _until(arrays, self.window[1])
         inside = (steps > self.window[0]) & (steps <= self.window[1])
         return _clipped(arrays["smooth"][:, inside].double()).std(1)
 
@@ -437,21 +439,19 @@ class Noisier:
 
 
 @dataclass(frozen=True)
-class Stuck:
+class Stuck(_OfOne):
     """``method`` makes next to no progress from ``earlier`` to ``window``.
 
     Its mean training loss falls by less than ``share`` of the earlier one; one-sided
     sign-flip test over seeds.
     """
 
-    experiment: str
-    method: str
     window: Window
     earlier: Window
     share: float = 0.1
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         late, early = (
             _clipped(window_mean(arrays, w)) for w in (self.window, self.earlier)
         )
@@ -466,19 +466,17 @@ class Stuck:
 
 
 @dataclass(frozen=True)
-class RisesFirst:
+class RisesFirst(_OfOne):
     """The loss of ``method`` climbs by more than ``by`` nat before it falls.
 
     Largest mini-batch loss of the first hundred steps against the first one; one-sided
     sign-flip test over seeds.
     """
 
-    experiment: str
-    method: str
     by: float = 0.05
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         losses = _clipped(arrays["loss"][:, arrays["steps"] <= 100].double())
         rise = losses.max(1).values - losses[:, 0]
         return _below_zero(self.by - rise, f"by {rise.mean():.3g} nat")
@@ -488,38 +486,31 @@ class RisesFirst:
 
 
 @dataclass(frozen=True)
-class Breaks:
+class Breaks(_OfOne):
     """A loss of ``method`` is not finite within so many steps, in at least four fifths
     of the seeds."""
 
-    experiment: str
-    method: str
     within: int
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
-        if int(arrays["steps"][-1]) < self.within:
-            raise NotTestable(f"the records end at step {int(arrays['steps'][-1])}")
-        early = arrays["bin_mean"][:, arrays["steps"] <= self.within]
+        arrays = self.arrays(curves)
+        early = arrays["bin_mean"][:, _until(arrays, self.within) <= self.within]
         _enough(len(early))
         broken = ~early.isfinite().all(1)
         text = f"{int(broken.sum())} of {len(broken)} seeds"
-        return Outcome(broken.double().mean().item() >= 0.8, None, text)
+        return Outcome(_nearly(broken), None, text)
 
     def __str__(self) -> str:
         return f"{self.method} is not finite within {self.within:,} steps"
 
 
 @dataclass(frozen=True)
-class KeepsBetter:
+class KeepsBetter(_OfOne):
     """At every audited decision ``method`` keeps a point whose full training loss is at
     most that of the fallback's candidate (up to rounding, 1e-6 nat)."""
 
-    experiment: str
-    method: str
-
     def __call__(self, curves: Curves) -> Outcome:
-        estimate = _method(curves, self.method)
+        estimate = self.arrays(curves)
         y, z = (estimate[f"audit.full_{side}"] for side in ("proposal", "fallback"))
         kept = torch.where(estimate["audit.use_l2o"] > 0, y, z)
         good = kept <= z + 1e-6
@@ -531,14 +522,11 @@ class KeepsBetter:
 
 
 @dataclass(frozen=True)
-class BarFalls:
+class BarFalls(_OfOne):
     """The bar of a residual guard never rises (recorded decisions, every seed)."""
 
-    experiment: str
-    method: str
-
     def __call__(self, curves: Curves) -> Outcome:
-        bar = _method(curves, self.method)["bar"]
+        bar = self.arrays(curves)["bar"]
         risen = (bar.diff(dim=1) > 0).any(1)
         text = f"rises in {int(risen.sum())} of {len(risen)} seeds"
         return Outcome(not risen.any(), None, f"{text}, {bar.shape[1]} decisions each")
@@ -548,28 +536,25 @@ class BarFalls:
 
 
 @dataclass(frozen=True)
-class Saturates:
+class Saturates(_OfOne):
     """A residual guard's bar falls below ``share`` of its start while the loss does
     not: over the last tenth of the run its mean is at least 0.9 of the first loss.
 
     In at least four fifths of the seeds.
     """
 
-    experiment: str
-    method: str
     share: float = 0.1
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
-        last = int(arrays["steps"][-1])
-        late = _clipped(window_mean(arrays, (last - last // 10, last)))
+        arrays = self.arrays(curves)
+        late = _clipped(ending(arrays))
         first, bar = arrays["loss"][:, 0].double(), arrays["bar"].double()
         _enough(len(late))
         fell = bar[:, -1] / bar[:, 0]
         seen = (fell < self.share) & (late >= 0.9 * first)
         text = f"bar to {median(fell):.2g} of its start, loss {median(first):.3g}, "
         text += f"then {median(late):.3g} nat (medians)"
-        return Outcome(seen.double().mean().item() >= 0.8, None, text)
+        return Outcome(_nearly(seen), None, text)
 
     def __str__(self) -> str:
         return (
@@ -579,17 +564,15 @@ class Saturates:
 
 
 @dataclass(frozen=True)
-class AcceptsWorse:
+class AcceptsWorse(_OfOne):
     """Most proposals that ``method`` accepts have a higher full training loss than the
     fallback's candidate: more than ``share`` of the audited acceptances, one-sided
     sign-flip test over the seeds that have any."""
 
-    experiment: str
-    method: str
     share: float = 0.5
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         use = arrays["audit.use_l2o"].double()
         worse = ~(arrays["audit.full_proposal"] < arrays["audit.full_fallback"])
         some = use.sum(1) > 0
@@ -621,14 +604,10 @@ class Learns:
     def __call__(self, curves: Curves) -> Outcome:
         arrays = _method(curves, f"{self.zeta}/{self.data}")
         last = _clipped(arrays["selected.last"].double())
-        _enough(len(last))
         bar = self.share * math.log(self.classes)
         gap = last - bar if self.expected else bar - last
-        p = sign_flip(gap)
-        text = (
-            f"loss {last.mean():.3g} nat, bar {bar:.3g}, p = {p:.2g}, {len(last)} seeds"
-        )
-        return Outcome(p < ALPHA, p, text, detectable(gap))
+        text = f"loss {last.mean():.3g} nat, bar {bar:.3g}"
+        return _below_zero(gap, text, count=True)
 
     def __str__(self) -> str:
         verb = "learns" if self.expected else "does not learn"
@@ -638,7 +617,7 @@ class Learns:
 
 
 @dataclass(frozen=True)
-class BetterTrained:
+class BetterTrained(_OfTwo):
     """After ``iterations`` of meta-training ``method`` has a lower meta-objective.
 
     That is the mean loss along the horizon, on starts of the optimizee that
@@ -648,16 +627,11 @@ class BetterTrained:
     another; paired by start, one-sided sign-flip test.
     """
 
-    experiment: str
-    method: str
-    reference: str
     iterations: int | None = None
     margin: float = 0.0
 
     def __call__(self, curves: Curves) -> Outcome:
-        a, b = (
-            self.objective(_method(curves, n)) for n in (self.method, self.reference)
-        )
+        a, b = map(self.objective, self.both(curves))
         return _paired(a, b, self.margin)
 
     def objective(self, arrays: Arrays) -> Tensor:
@@ -678,7 +652,7 @@ class BetterTrained:
 
 
 @dataclass(frozen=True)
-class WorseStart:
+class WorseStart(_OfTwo):
     """Points of ``method`` are worse starts than points of ``reference`` as low.
 
     What the same optimizer alone makes of them (:class:`l2olib.train.Released`): at the
@@ -689,14 +663,11 @@ class WorseStart:
     pass through is left out; a seed needs one.
     """
 
-    experiment: str
-    method: str
-    reference: str
     window: Window
     worse: bool = True
 
     def __call__(self, curves: Curves) -> Outcome:
-        a, b = (_method(curves, name) for name in (self.method, self.reference))
+        a, b = self.both(curves)
         inside = (a["marks"] > self.window[0]) & (a["marks"] <= self.window[1])
         gaps = []
         for now, then, seen, ends in zip(
@@ -757,19 +728,17 @@ class BestTrained:
 
 
 @dataclass(frozen=True)
-class Unbiased:
+class Unbiased(_OfOne):
     """Estimates of ``method`` have the exact meta-gradient for a mean (or not).
 
     Over seeds: within 3 standard errors, these at most 3% of it; "or not": more than 5
     away from it.
     """
 
-    experiment: str
-    method: str
     expected: bool = True
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         estimate, exact = arrays["estimate"].double(), arrays["exact"][0].item()
         _enough(len(estimate))
         error = estimate.std().item() / len(estimate) ** 0.5
@@ -787,19 +756,17 @@ class Unbiased:
 
 
 @dataclass(frozen=True)
-class AtTheEdge:
+class AtTheEdge(_OfOne):
     """Training with ``method`` runs at its stability bound, an eigenvalue of -1.
 
     The step's leftmost eigenvalue falls below -0.9; from that mark on, until the loss
     is a tenth of the first, its mean lies in [-1.3, -0.7]. In four fifths of the seeds.
     """
 
-    experiment: str
-    method: str
     expected: bool = True
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         left = arrays["ritz"][..., 0].double().nan_to_num(torch.inf).amin(2)
         loss = arrays["full_loss"].double()
         _enough(len(left))
@@ -819,20 +786,18 @@ class AtTheEdge:
 
 
 @dataclass(frozen=True)
-class StepsInside:
+class StepsInside(_OfOne):
     """At the last three marks no eigenvalue of ``method``'s step is above ``bound`` in
     modulus, in four fifths of the seeds (or not: in four fifths some is).
 
     Where training has diverged and there is no step, it counts as outside.
     """
 
-    experiment: str
-    method: str
     expected: bool = True
     bound: float = 1.05
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
+        arrays = self.arrays(curves)
         modulus = arrays["ritz"][:, -3:].double().norm(dim=-1)  # some may be NaN
         gone = modulus.isnan().all(-1, keepdim=True)
         modulus = torch.where(gone, torch.inf, modulus.nan_to_num(0.0))
@@ -851,20 +816,18 @@ class StepsInside:
 
 
 @dataclass(frozen=True)
-class IdleGrow:
+class IdleGrow(_OfOne):
     """Weights of ``method`` that no gradient reaches have grown ``by`` when it ends.
 
     Against the same weights at the start, in at least four fifths of the seeds (or not:
     in at most one fifth). Where no weight is idle there is no growth.
     """
 
-    experiment: str
-    method: str
     expected: bool = True
     by: float = 10.0
 
     def __call__(self, curves: Curves) -> Outcome:
-        growth = _method(curves, self.method)["growth"][:, -1].double()
+        growth = self.arrays(curves)["growth"][:, -1].double()
         growth = growth.nan_to_num(0.0, torch.inf)
         return _most(growth > self.by, self.expected, growth, "times the size")
 
@@ -874,7 +837,7 @@ class IdleGrow:
 
 
 @dataclass(frozen=True)
-class IdleHarm:
+class IdleHarm(_OfOne):
     """Without its idle weights ``method`` ends with a held-out loss lower by a factor.
 
     Those that no gradient reaches when it ends, and the factor ``by``; in at least four
@@ -882,14 +845,12 @@ class IdleHarm:
     infinite.
     """
 
-    experiment: str
-    method: str
     expected: bool = True
     by: float = 2.0
 
     def __call__(self, curves: Curves) -> Outcome:
         with_, without = (
-            _method(curves, self.method)[name][:, -1].double()
+            self.arrays(curves)[name][:, -1].double()
             for name in ("test_loss", "pruned.test_loss")
         )
         with_, without = (
@@ -907,7 +868,7 @@ class IdleHarm:
 
 
 @dataclass(frozen=True)
-class Larger:
+class Larger(_OfTwo):
     """All weights of ``method`` together end larger than those of ``reference``.
 
     Their Euclidean norm, by more than the factor ``by``, paired by seed; in at least
@@ -915,16 +876,12 @@ class Larger:
     is infinite.
     """
 
-    experiment: str
-    method: str
-    reference: str
     expected: bool = True
     by: float = 3.0
 
     def __call__(self, curves: Curves) -> Outcome:
         mine, other = (
-            _method(curves, name)["norms"][:, -1].double().norm(dim=1)
-            for name in (self.method, self.reference)
+            one["norms"][:, -1].double().norm(dim=1) for one in self.both(curves)
         )
         ratio = (mine / other).nan_to_num(torch.inf, torch.inf)
         return _most(ratio > self.by, self.expected, ratio, "times the norm")
@@ -940,29 +897,22 @@ class Larger:
 def _most(found: Tensor, expected: bool, values: Tensor, of: str) -> Outcome:
     """Whether nearly all seeds show it (or nearly none)."""
     _enough(len(found))
-    share = found.double().mean().item()
     text = f"{int(found.sum())} of {len(found)} seeds, median {median(values):.3g} {of}"
-    return Outcome(share >= 0.8 if expected else share <= 0.2, None, text)
+    return Outcome(_nearly(found, expected), None, text)
 
 
 @dataclass(frozen=True)
-class Matched:
+class Matched(_OfTwo):
     """One inner step of ``method`` costs at most ``within`` times one of ``reference``.
 
     ``quantity`` as in :class:`Cheaper`; a step is gradient and update together.
     """
 
-    experiment: str
-    method: str
-    reference: str
     quantity: str
     within: float = 1.1
 
     def __call__(self, curves: Curves) -> Outcome:
-        a, b = (
-            float(_method(curves, name)[self.quantity].double().mean())
-            for name in (self.method, self.reference)
-        )
+        a, b = (float(one[self.quantity].double().mean()) for one in self.both(curves))
         return Outcome(a <= self.within * b, None, f"ratio {a / b:.3g}")
 
     def __str__(self) -> str:
@@ -973,7 +923,7 @@ class Matched:
 
 
 @dataclass(frozen=True)
-class Cheaper:
+class Cheaper(_OfTwo):
     """One inner step of ``method`` costs less than one of ``reference``.
 
     ``quantity``: ``flops`` (matrix work, by formula), ``depth`` (passes that must
@@ -981,13 +931,10 @@ class Cheaper:
     machine, threads and compilation were the same).
     """
 
-    experiment: str
-    method: str
-    reference: str
     quantity: str
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = [_method(curves, name) for name in (self.method, self.reference)]
+        arrays = self.both(curves)
         if self.quantity == "seconds":
             if len(torch.cat([one["conditions"] for one in arrays]).unique()) > 1:
                 raise NotTestable("times were not measured under equal conditions")
@@ -1002,22 +949,15 @@ class Cheaper:
 
 
 @dataclass(frozen=True)
-class FewerHyperparameters:
+class FewerHyperparameters(_OfTwo):
     """``method`` has fewer numbers of its own to choose than ``reference``.
 
     Counted by :func:`l2olib.experiments.hyperparameters`: the guard's own numbers and
     rules. What both need besides (step size, schedule, weights) is not counted.
     """
 
-    experiment: str
-    method: str
-    reference: str
-
     def __call__(self, curves: Curves) -> Outcome:
-        a, b = (
-            int(_method(curves, name)["hyperparameters"][0])
-            for name in (self.method, self.reference)
-        )
+        a, b = (int(one["hyperparameters"][0]) for one in self.both(curves))
         return Outcome(a < b, None, f"{a} against {b}")
 
     def __str__(self) -> str:
@@ -1039,26 +979,17 @@ QUANTITIES = {
 
 
 @dataclass(frozen=True)
-class Less:
+class Less(_OfTwo):
     """``method`` has a lower ``quantity`` than ``reference``, one value a seed.
 
     Paired by seed, exact one-sided sign-flip test.
     """
 
-    experiment: str
-    method: str
-    reference: str
     quantity: str
 
     def __call__(self, curves: Curves) -> Outcome:
-        a, b = (
-            _method(curves, name)[self.quantity].double()
-            for name in (self.method, self.reference)
-        )
-        _enough(len(a))
-        p = sign_flip(a - b)
-        text = f"{against(a.mean(), b.mean())}, p = {p:.2g}, {len(a)} seeds"
-        return Outcome(p < ALPHA, p, text, detectable(a - b))
+        a, b = (one[self.quantity].double() for one in self.both(curves))
+        return _below_zero(a - b, against(a.mean(), b.mean()), count=True)
 
     def __str__(self) -> str:
         name = QUANTITIES.get(self.quantity, self.quantity)
@@ -1066,24 +997,18 @@ class Less:
 
 
 @dataclass(frozen=True)
-class LessAligned:
+class LessAligned(_OfTwo):
     """Estimates of ``method`` point less along the meta-gradient than ``reference``'s.
 
     :func:`alignment` with the mean of the estimates of ``exact``, mean over the
     recorded places; in at least four fifths of the seeds.
     """
 
-    experiment: str
-    method: str
-    reference: str
     exact: str
 
     def __call__(self, curves: Curves) -> Outcome:
         exact = _method(curves, self.exact)["mean"]
-        a, b = (
-            alignment(_method(curves, name), exact).mean(1)
-            for name in (self.method, self.reference)
-        )
+        a, b = (alignment(one, exact).mean(1) for one in self.both(curves))
         return _most(a < b, True, a, f"against {median(b):.3g}")
 
     def __str__(self) -> str:
@@ -1103,21 +1028,19 @@ def alignment(arrays: Arrays, exact: Tensor, clip: str = "clipped.") -> Tensor:
 
 
 @dataclass(frozen=True)
-class Inside:
+class Inside(_OfOne):
     """All eigenvalues of ``method`` are inside the unit circle (or not) in at least
     four fifths of the seeds."""
 
-    experiment: str
-    method: str
     expected: bool = True
 
     def __call__(self, curves: Curves) -> Outcome:
-        radius = _method(curves, self.method)["radius"].double()
+        radius = self.arrays(curves)["radius"].double()
         _enough(len(radius))
-        share = (radius < 1).double().mean().item()
-        passed = share >= 0.8 if self.expected else share <= 0.2
-        text = f"{share:.0%} of {len(radius)} seeds inside, radius {radius.mean():.3g}"
-        return Outcome(passed, None, f"{text} on average")
+        inside = radius < 1
+        text = f"{inside.double().mean():.0%} of {len(radius)} seeds inside, radius "
+        text += f"{radius.mean():.3g} on average"
+        return Outcome(_nearly(inside, self.expected), None, text)
 
     def __str__(self) -> str:
         verb = "are" if self.expected else "are not all"
@@ -1125,7 +1048,7 @@ class Inside:
 
 
 @dataclass(frozen=True)
-class Quieter:
+class Quieter(_OfOne):
     """The meta-gradient varies less for alpha inside the stable interval than at both
     of its ends, by a factor of more than ``by``, at every horizon of a range.
 
@@ -1135,17 +1058,14 @@ class Quieter:
     is the largest of all horizons and ends.
     """
 
-    experiment: str
-    method: str
     inside: tuple[float, float]
     horizons: Window
     by: float = 1.0
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = _method(curves, self.method)
-        alphas, at = arrays["alphas"], arrays["horizons"]
-        if int(at[-1]) < self.horizons[1]:
-            raise NotTestable(f"the records end at horizon {int(at[-1])}")
+        arrays = self.arrays(curves)
+        at = _until(arrays, self.horizons[1], "horizons", "horizon")
+        alphas = arrays["alphas"]
         wanted = (at >= self.horizons[0]) & (at <= self.horizons[1])
         values = arrays["deviation"].double()[:, wanted]
         _enough(len(values))
@@ -1194,18 +1114,14 @@ class GoesWith:
         xs, ys = [], []
         for name in self.methods:
             arrays = _method(curves, name)
-            steps = arrays["steps"]
-            if int(steps[-1]) < self.window[1]:
-                raise NotTestable(f"the records end at iteration {int(steps[-1])}")
+            steps = _until(arrays, self.window[1], of="iteration")
             now = (steps > self.window[0]) & (steps <= self.window[1])
             xs.append(arrays["radius"].double()[:, now])
             ys.append(arrays[self.quantity].double()[:, now])
         x, y = torch.cat(xs, 1), torch.cat(ys, 1)
-        _enough(len(x))
         found = torch.stack([rank_correlation(a, b) for a, b in zip(x, y, strict=True)])
-        p = sign_flip(self.least - found)
-        text = f"rank correlation {found.mean():.3g}, p = {p:.2g}, {len(x)} seeds"
-        return Outcome(p < ALPHA, p, text, detectable(found))
+        text = f"rank correlation {found.mean():.3g}"
+        return _below_zero(self.least - found, text, count=True)
 
     def __str__(self) -> str:
         return (
@@ -1416,10 +1332,7 @@ class DivergesOn:
     def __call__(self, curves: Curves) -> Outcome:
         runs = _on_tasks(curves, self.tasks, self.method)
         bad = {task: fails(arrays) for task, arrays in runs.items()}
-        said = {}
-        for task, each in bad.items():
-            share = each.double().mean().item()
-            said[task] = share >= 0.8 if self.expected else share <= 0.2
+        said = {task: _nearly(each, self.expected) for task, each in bad.items()}
         # seeds may still diverge later: that is all a short run leaves open
         short = _short(runs, self.horizon)
         open_ = [task for task in short if said[task] != self.expected]
@@ -1463,7 +1376,7 @@ class Descends:
             half = int(best["steps"][-1]) // 2
             before = window_mean(best, (half - half // 5, half))
             down = (ending(best) < (1 - self.by) * before) & ~fails(best)
-            if down.double().mean().item() < 0.8:
+            if not _nearly(down):
                 failed.append(task)
         text = f"on {len(self.tasks) - len(failed)} of {len(self.tasks)} tasks"
         text += f", not {', '.join(failed)}" if failed else ""

@@ -117,12 +117,12 @@ ROWS: tuple[Claim, ...] = (
         "as good as or better than both its parts at all times; its decisions drift "
         "towards the fallback but not for good",
         (
-            Lower("lgl2o.fig3", "L2O", "SGD", _EARLY),
-            Lower("lgl2o.fig3", "L2O", "SGD+momentum", _EARLY),
-            Lower("lgl2o.fig3", "L2O", "Adam", _EARLY),
-            Diverges("lgl2o.fig3", "L2O", between=(300, 3_000)),
-            *_both_parts("lgl2o.fig3", _EARLY, _MIDDLE, _LATE),
-            Switching("lgl2o.fig3", "LGL2O"),
+            Lower(_FIG3, "L2O", "SGD", _EARLY),
+            Lower(_FIG3, "L2O", "SGD+momentum", _EARLY),
+            Lower(_FIG3, "L2O", "Adam", _EARLY),
+            Diverges(_FIG3, "L2O", between=(300, 3_000)),
+            *_both_parts(_FIG3, _EARLY, _MIDDLE, _LATE),
+            Switching(_FIG3, "LGL2O"),
         ),
     ),
     Claim(
@@ -143,9 +143,9 @@ ROWS: tuple[Claim, ...] = (
         "GL2O does not diverge; over steps 0 to 100 it is better than SGD without "
         "momentum and much worse than L2O",
         (
-            Diverges("lgl2o.fig3", "GL2O", expected=False),
-            Lower("lgl2o.fig3", "GL2O", "SGD", _EARLY),
-            Lower("lgl2o.fig3", "L2O", "GL2O", _EARLY, by=0.1),
+            Diverges(_FIG3, "GL2O", expected=False),
+            Lower(_FIG3, "GL2O", "SGD", _EARLY),
+            Lower(_FIG3, "L2O", "GL2O", _EARLY, by=0.1),
         ),
     ),
     Claim(
@@ -257,7 +257,7 @@ ROWS: tuple[Claim, ...] = (
         "constituents",
         (
             *_everywhere("LGL2O"),
-            *_both_parts("lgl2o.fig8", _EARLY, _MIDDLE),
+            *_both_parts(_FIG8, _EARLY, _MIDDLE),
         ),
     ),
     Claim(
@@ -275,7 +275,7 @@ ROWS: tuple[Claim, ...] = (
         _GUARD,
         "LGL2O, section 3",
         "LGL2O has fewer hyperparameters than GL2O",
-        (FewerHyperparameters("lgl2o.fig3", "LGL2O", "GL2O"),),
+        (FewerHyperparameters(_FIG3, "LGL2O", "GL2O"),),
     ),
     Claim(
         "B15",
@@ -283,9 +283,9 @@ ROWS: tuple[Claim, ...] = (
         "LGL2O, section 3",
         "LGL2O is computationally less expensive than GL2O: in work, in depth, in time",
         (
-            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "flops"),
-            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "depth"),
-            Cheaper("lgl2o.fig3", "LGL2O", "GL2O", "seconds"),
+            Cheaper(_FIG3, "LGL2O", "GL2O", "flops"),
+            Cheaper(_FIG3, "LGL2O", "GL2O", "depth"),
+            Cheaper(_FIG3, "LGL2O", "GL2O", "seconds"),
         ),
     ),
     Claim(

@@ -105,7 +105,7 @@ METATRAIN: dict[str, list[tuple[int, int | None]]] = {
 """Rollouts at most, and rollouts without a better validation before it ends."""
 
 
-def _metatrain(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+def _metatrain(profile: str) -> Iterable[tuple[str, Any]]:
     base = MetaTraining(LSTM, SMALL_MLP["mnist"], "mnist", meta_lr=META_LR)
     if profile == "smoke":
         plan = [
@@ -125,7 +125,7 @@ def _metatrain(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
             for k, (rollouts, patience) in enumerate(METATRAIN[profile])
         ]
     suffix = "-paper" if profile == "paper" else ""
-    for work in plan[:seeds]:
+    for work in plan:
         yield f"lgl2o-lstm-{work.seed}{suffix}", work
 
 
@@ -427,7 +427,7 @@ CONVEX_RATE = 1.0
 """Step size on the convex problem; its gradient's Lipschitz constant is below 1."""
 
 
-def _convex(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+def _convex(profile: str) -> Iterable[tuple[str, Any]]:
     """Softmax regression with the whole of Moons as its batch: convex, without noise.
 
     There the bound of each decision and GL2O's theorem apply.
@@ -439,7 +439,7 @@ def _convex(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]
         "steps": 20 if profile == "smoke" else 2_000,
         "segment": 10,
         "audit_every": 1,
-        "seeds": seeds or 10,
+        "seeds": 10,
         "replicas": 10,
     }
     gd = SGD(constant(CONVEX_RATE))

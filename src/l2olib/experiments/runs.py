@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import claims, records
+from .. import chapters, claims, records
 from ..data import find_root, load
 from ..metatrain.estimates import NetworkEstimates
 from ..metatrain.truncated import LearningCurve, MetaWork
@@ -20,11 +20,10 @@ from ..optimizees import Layout
 from ..optimizers import Meta, Wrapped
 from ..records import Record, RecordError, elapsed
 from ..train import Training, drive, repeatable
-from ..tuning import (
-    Chosen,
-)
+from ..tuning import Chosen
 
-PROFILES = ("smoke", "laptop", "paper")
+PROFILES = chapters.PROFILES[1:]
+"""What can be computed: all that a chapter can do but load what is committed."""
 
 
 class ExperimentError(Exception):
@@ -171,7 +170,6 @@ class Run:
         device: str = "cpu",
         compile: bool = False,
         checkpoint: bool = True,
-        save_every: float = 60.0,
         time_limit: float | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> Record:
@@ -191,7 +189,6 @@ class Run:
             self.resolved.job(device, compile, metas),
             key=records.digest(self.config),
             checkpoint=self.checkpoint if checkpoint else None,
-            save_every=save_every,
             time_limit=time_limit,
             device=device,
             report=report,
@@ -295,8 +292,7 @@ def trained(name: str, layout: Layout | None = None) -> tuple[Any, Meta]:
 def _meta(record: Record, optimizer: Any, best: bool) -> Meta:
     """Take meta-parameters from a record, of its end or of its best snapshot."""
     if best:
-        meta = optimizer.init_meta(0)
-        layout = Layout({name: tuple(v.shape) for name, v in meta.items()})
+        layout = Layout.of(optimizer.init_meta(0))
         return layout.views(record.arrays["snapshots"][best_snapshot(record)])
     return {
         k.removeprefix("meta."): v
@@ -338,8 +334,8 @@ class Experiment:
     """A figure or table: its title, the chapter that shows it, and its runs.
 
     ``version`` is raised when an algorithm behind it changes; older records are then
-    stale. ``build(profile, **options)`` makes the named works; the options (such as
-    ``seeds``) are the parameters that a chapter lets its reader change.
+    stale. ``build(profile, **options)`` makes the named works; the options, if it has
+    any (such as ``seeds``), are what a chapter may let its reader change.
     """
 
     id: str

@@ -40,8 +40,8 @@ INTERVENTIONS: dict[str, dict[str, Any]] = {
 """What STAR's Fig. 1 adds to the blackbox term; the paper gives no numbers."""
 
 
-def _star_fig1(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
-    chosen = tuple(range(seeds or (5 if profile == "smoke" else 25)))
+def _star_fig1(profile: str) -> Iterable[tuple[str, Any]]:
+    chosen = tuple(range(5 if profile == "smoke" else 25))
     for name, setting in INTERVENTIONS.items():
         yield f"{name}/0", Spectrum(chosen, **setting)
 
@@ -52,9 +52,9 @@ HORIZONS = (
 )  # fmt: skip
 
 
-def _star_fig2a(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+def _star_fig2a(profile: str) -> Iterable[tuple[str, Any]]:
     smoke = profile == "smoke"
-    chosen = tuple(range(seeds or (50 if smoke else 500)))
+    chosen = tuple(range(50 if smoke else 500))
     horizons = HORIZONS[:8] if smoke else HORIZONS
     points = 11 if smoke else 50
     yield "exact/0", GradientVariance(chosen, "exact", points, horizons)
@@ -224,9 +224,7 @@ differentiated, each counted three times. In time back-propagation takes longer.
 ESTIMATED = ("STAR 0", "Blackbox")
 
 
-def _estimators(
-    profile: str, seeds: int | None = None
-) -> Iterable[tuple[str, str, Evolution]]:
+def _estimators(profile: str) -> Iterable[tuple[str, str, Evolution]]:
     """(label, name of the weights, meta-training) on Digits, 500 steps to an unroll."""
     smoke = profile == "smoke"
     small: dict[str, Any] = {"data": "digits", "batch": 32}
@@ -236,7 +234,7 @@ def _estimators(
         for method, estimator in ESTIMATORS.items():
             if smoke:
                 estimator = replace(estimator, truncation=5, horizon=10, offset=10)
-            for seed in range(seeds or (1 if smoke else 5)):
+            for seed in range(1 if smoke else 5):
                 changes = small | {"estimator": estimator, "seed": seed}
                 label = f"{variant}, {method}"
                 kind = "digits-" + method.lower().replace(" ", "-")
@@ -253,10 +251,7 @@ def _digits_tests(profile: str) -> Iterable[tuple[str, Any]]:
     """Each meta-training on one start that none has seen."""
     stride = 24 if profile == "smoke" else 4
     for label, name, of in _estimators(profile):
-        yield f"{label}/{of.seed}", LearningCurve(
-            of.optimizer, of.optimizee, of.data, {"optimizer": name}, (of.seed,),
-            of.batch, of.rollout, stride, ceiling=of.ceiling,
-        )  # fmt: skip
+        yield f"{label}/{of.seed}", _curve(of, name, (of.seed,), stride)
 
 
 def _digits_noise(profile: str) -> Iterable[tuple[str, Any]]:
@@ -281,6 +276,21 @@ def _digits_noise(profile: str) -> Iterable[tuple[str, Any]]:
             yield f"{variant}, exact/{seed}", look(exact, 4)
 
 
+def _problem(of: Evolution) -> dict[str, Any]:
+    """That of a meta-training, as arguments of :func:`trainings`."""
+    return {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+
+
+def _curve(
+    of: Evolution, name: str, seeds: Iterable[int], stride: int
+) -> LearningCurve:
+    """The meta-objective along the meta-training ``of``, whose weights are ``name``."""
+    return LearningCurve(
+        of.optimizer, of.optimizee, of.data, {"optimizer": name}, tuple(seeds),
+        of.batch, of.rollout, stride, ceiling=of.ceiling,
+    )  # fmt: skip
+
+
 def star_weights(kind: str, variant: str, seed: int, profile: str) -> str:
     """Name of the weights of a meta-training; smoke runs use those of ``laptop``."""
     suffix = "-paper" if profile == "paper" else ""
@@ -298,12 +308,10 @@ its output by the root mean square gradient of the weight."""
 SCALES = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def _normalisation(
-    profile: str, seeds: int | None = None
-) -> Iterable[tuple[str, LearningCurve]]:
+def _normalisation(profile: str) -> Iterable[tuple[str, LearningCurve]]:
     """Random blackbox terms, before any meta-training, on Digits."""
     smoke = profile == "smoke"
-    chosen = tuple(range(seeds or (2 if smoke else 25)))
+    chosen = tuple(range(2 if smoke else 25))
     optimizee, steps = STAR_MLP["digits"], 10 if smoke else 500
     for name, setting in NORMALIZED.items():
         for scale in SCALES[::6] if smoke else SCALES:
@@ -331,10 +339,8 @@ STAR_FIG3 = ("STAR 0.1", "STAR 0.5", "Blackbox", "Hyperparam")
 STAR_ZETAS = {"smoke": 1, "laptop": 1, "paper": 5}
 
 
-def _star_metatrain(
-    profile: str, seeds: int | None = None, network: str = "mlp"
-) -> Iterable[tuple[str, Any]]:
-    for seed in range(seeds or STAR_ZETAS[profile]):
+def _star_metatrain(profile: str, network: str = "mlp") -> Iterable[tuple[str, Any]]:
+    for seed in range(STAR_ZETAS[profile]):
         for variant in STAR_FIG3:
             name = star_weights(network, variant, seed, profile)
             yield name, star_training(profile, variant, network, seed=seed)
@@ -384,10 +390,7 @@ def star_curve(
     stride = 1 if profile == "paper" else stride
     of = star_training(profile, variant, kind if kind in NETWORKS else "mlp")
     name = star_weights(kind, variant, seed, profile)
-    return LearningCurve(
-        of.optimizer, of.optimizee, of.data, {"optimizer": name}, tuple(range(seeds)),
-        of.batch, of.rollout, stride, ceiling=of.ceiling,
-    )  # fmt: skip
+    return _curve(of, name, range(seeds), stride)
 
 
 SEEDS = 10
@@ -395,10 +398,8 @@ SEEDS = 10
 what Holm's adjustment leaves of 0.05 in a chapter of ten rows; on ten it can."""
 
 
-def _star_fig3a(
-    profile: str, seeds: int | None = None, network: str = "mlp"
-) -> Iterable[tuple[str, Any]]:
-    chosen = seeds or (2 if profile == "smoke" else SEEDS)
+def _star_fig3a(profile: str, network: str = "mlp") -> Iterable[tuple[str, Any]]:
+    chosen = 2 if profile == "smoke" else SEEDS
     for seed in range(STAR_ZETAS[profile]):
         for variant in STAR_FIG3:
             work = star_curve(profile, network, variant, seed, chosen, 4)
@@ -452,22 +453,23 @@ def star_tests(
             yield from trainings(
                 {f"{variant} #{seed}": Alone(of.optimizer)},
                 star_weights(kind or network, variant, seed, profile) + BEST,
-                optimizee=of.optimizee, data=of.data, batch=of.batch, **setting,
-            )  # fmt: skip
+                **_problem(of),
+                **setting,
+            )
 
 
 EDGE = MLP((64, 128, 128, 10), "relu", start="truncated normal")
 EDGE_RATES = (0.05, 0.1, 0.2, 0.4)
 
 
-def _star_edge(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
+def _star_edge(profile: str) -> Iterable[tuple[str, Any]]:
     """All of Digits as one batch, as far as the loss falls; then in small batches."""
     smoke = profile == "smoke"
     setting: dict[str, Any] = {
         "optimizee": EDGE,
         "data": "digits",
         "steps": 20 if smoke else 1_000,
-        "seeds": seeds or (1 if smoke else 5),
+        "seeds": 1 if smoke else 5,
         "segment": 10,
         "evaluations": 2 if smoke else 20,
         "sample": 128 if smoke else 0,
@@ -485,17 +487,15 @@ def _star_edge(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
             yield name, Linearised.of(work, size=size)
 
 
-def _star_stability(
-    profile: str, seeds: int | None = None
-) -> Iterable[tuple[str, Any]]:
+def _star_stability(profile: str) -> Iterable[tuple[str, Any]]:
     """Learned optimizers where they were meta-trained, and Adam; up to the horizon."""
     smoke = profile == "smoke"
     size: dict[str, Any] = {"steps": 10} if smoke else {"steps": 2_000}
-    size |= {"seeds": seeds or (1 if smoke else 5), "replicas": 1}
+    size |= {"seeds": 1 if smoke else 5, "replicas": 1}
     size |= {"segment": 10 if smoke else 50, "evaluations": 1 if smoke else 10}
     runs = list(star_tests(profile, STAR_FIG3, 1, **size))
     of = star_training(profile)
-    same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+    same = _problem(of)
     runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **same, **size)
     for name, work in runs:
         look = {"sample": 32, "size": 4} if smoke else {"sample": 512}
@@ -506,13 +506,11 @@ NOISY = Quadratic(HESSIAN, (0.0, 0.0), spread=10**0.5, moves=True)
 """STAR's noisy quadratic as an optimizee, on ``normals``."""
 
 
-def _star_quadratic(
-    profile: str, seeds: int | None = None
-) -> Iterable[tuple[str, Any]]:
+def _star_quadratic(profile: str) -> Iterable[tuple[str, Any]]:
     """The same optimizers on the problem of the theory, where no value is missing."""
     smoke = profile == "smoke"
     size: dict[str, Any] = {"steps": 50} if smoke else {"steps": 20_000}
-    size |= {"seeds": seeds or (1 if smoke else 5), "replicas": 1, "batch": 1}
+    size |= {"seeds": 1 if smoke else 5, "replicas": 1, "batch": 1}
     size |= {"segment": 50, "evaluations": 1 if smoke else 20}
     size |= {"optimizee": NOISY, "data": "normals"}
     runs: list[tuple[str, Training]] = []
@@ -536,9 +534,7 @@ def _star_fig3(
     of = star_training(profile, network=network)
     setting = {**STAR_TEST[profile], **changes}
     adams = {f"Adam {rate:g}": adam_at(rate) for rate in ADAM_RATES}
-    yield from trainings(
-        adams, "", optimizee=of.optimizee, data=of.data, batch=of.batch, **setting
-    )
+    yield from trainings(adams, "", **_problem(of), **setting)
 
 
 def _star_beyond(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
@@ -554,15 +550,12 @@ def _star_beyond(profile: str, seeds: int | None = None) -> Iterable[tuple[str, 
     yield from trainings(
         {"Blackbox last": Alone(of.optimizer)},
         star_weights("mlp", "Blackbox", 0, profile),
-        optimizee=of.optimizee, data=of.data, batch=of.batch, **size,
-    )  # fmt: skip
+        **_problem(of),
+        **size,
+    )
     # the divisor of STAR's nominal term, by hand
     adam = Alone(AdamW(constant(1e-3), eps_root=1e-6))
-    yield from trainings(
-        {"Adam eps 1e-6": adam},
-        "",
-        optimizee=of.optimizee, data=of.data, batch=of.batch, **size,
-    )  # fmt: skip
+    yield from trainings({"Adam eps 1e-6": adam}, "", **_problem(of), **size)
 
 
 def stopped(method: Alone, profile: str) -> Alone:
@@ -596,7 +589,7 @@ def _star_idle(profile: str, seeds: int | None = None) -> Iterable[tuple[str, An
     size |= {"seeds": count, "replicas": count}
     runs = list(star_tests(profile, STAR_FIG3, 1, **size))
     of = star_training(profile)
-    same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+    same = _problem(of)
     runs += trainings({"Adam 0.001": adam_at(1e-3)}, "", **same, **size)
     for variant in ("STAR 0.1", "Blackbox"):
         optimizer = star_training(profile, variant).optimizer
@@ -650,7 +643,7 @@ def _star_guarded(profile: str, seeds: int | None = None) -> Iterable[tuple[str,
             f"{variant} then Adam": switch,
         }
         weights = star_weights("mlp", variant, 0, profile) + BEST
-        same = {"optimizee": of.optimizee, "data": of.data, "batch": of.batch}
+        same = _problem(of)
         yield from trainings(methods, weights, **same, **setting)
     yield from trainings({"Adam": adam}, "", **same, **setting)
 

@@ -31,14 +31,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..optimizees import Layout, truncated_normal
-from ..optimizers import Meta, State
+from ..optimizers import Meta, State, check_literals
 from ..records import later
 
 DECAYS = {
@@ -250,8 +250,8 @@ class MLPOptimizer:
     ``nominal_grad_estimator`` is ``nominal_direction``, ``normalize_blackbox``
     ``precondition``, ``selfnormalize_blackbox`` ``self_normalize``,
     ``aggregate_nom_magnitude`` ``aggregate_nominal``, ``regularization_controller``
-    ``decay_controller``. Those that no experiment uses are there for parity with the
-    reference code: its golden vectors check them.
+    ``decay_controller``. Those of the reference that no experiment uses are there for
+    parity with it: its golden vectors check them.
     """
 
     layout: Layout = field(compare=False, repr=False)
@@ -279,11 +279,7 @@ class MLPOptimizer:
             raise ValueError(
                 f"these settings need {needed} to 4 heads, not {self.heads}"
             )
-        if self.nominal_direction not in get_args(Direction):
-            raise ValueError(
-                f"there is no direction {self.nominal_direction!r}: choose from "
-                f"{', '.join(get_args(Direction))}"
-            )
+        check_literals(self)
         if self.learn_nominal and not self.nominal_stepsize:
             raise ValueError("to learn its scale, give the nominal term a step size")
         tensors = at_least_vectors(self.layout)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..learned.sgd import LearnableSGD
-from ..optimizers import Adam, State, constant
+from ..optimizers import Adam, State, check_literals, constant
 from ..stability import NoisyQuadratic
 from ..train import log_spaced
 from .evolution import (
@@ -274,7 +274,8 @@ class NetworkEstimates:
         return math.ceil(e.offset / e.truncation)
 
     def seconds(self) -> float:
-        iterations = math.ceil(19 / self.stride) * (self.settling + self.count)
+        looks = math.ceil(len(self.training.snapshots()) / self.stride)
+        iterations = looks * (self.settling + self.count)
         of = replace(
             self.training, iterations=iterations, validate_every=iterations + 1
         )
@@ -375,10 +376,7 @@ class RateTraining:
             raise ValueError(
                 f"steps must be at least a truncation, {e.truncation}, not {self.steps}"
             )
-        if self.by not in ("evolution", "back-propagation"):
-            raise ValueError(
-                f"by must be 'evolution' or 'back-propagation', not {self.by!r}"
-            )
+        check_literals(self)
 
     @property
     def iterations(self) -> int:

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..data import train_indices
+from ..data import train_batches
 from ..optimizees import check_built_for
-from ..optimizers import AdamW, Optimizer, State, constant
+from ..optimizers import AdamW, Optimizer, State, check_literals, constant
 from ..train import OVERHEAD, RATE, accelerated, inner_steps, ranks
 from .truncated import TRAINING, MetaJob, MetaWork, cut, too_short
 
@@ -101,7 +101,7 @@ class Online:
         steps = (places * self.offset / self.pairs).long()
         first = [begin(pair, 0) for pair in range(self.pairs)]
         fresh = tree_map(lambda *x: torch.stack(x), first[0], *first[1:])
-        params, inner = tree_map(lambda x: alike(x, self.members), fresh)
+        params, inner = tree_map(lambda x: torch.stack([x] * self.members, 1), fresh)
         return {
             "params": params,
             "optimizer": inner,
@@ -198,8 +198,7 @@ class PES(Online):
                 f"an estimate needs pairs and a positive sigma, not {self.pairs} and "
                 f"{self.sigma}"
             )
-        if self.resets not in ("free", "slot"):
-            raise ValueError(f"resets must be 'free' or 'slot', not {self.resets!r}")
+        check_literals(self)
 
     def start(self, meta: Tensor, begin: Begin, seed: int = 0) -> State:
         noise = meta.new_zeros(self.pairs, len(meta))
@@ -303,11 +302,6 @@ def over_pairs(step: Step) -> Step:
     """Vectorise an inner step over N pairs, whose members share their batch."""
     members = torch.func.vmap(step, in_dims=(0, 0, 0, None))
     return torch.func.vmap(members)
-
-
-def alike(x: Tensor, members: int) -> Tensor:
-    """Give all members of each pair the same value: [N, ...] -> [N, members, ...]."""
-    return torch.stack([x] * members, 1)
 
 
 def put(x: Tensor, at: int, value: Tensor) -> Tensor:
@@ -423,9 +417,13 @@ class EvolutionJob(MetaJob):
 
         def step(meta: Tensor, params: Tensor, state: State, idx: Tensor) -> Any:
             params, state, losses = inner_steps(
-                self.task, self.config.optimizer, self.layout.views(meta), params,
-                state, idx[None],
-            )  # fmt: skip
+                self.task,
+                self.config.optimizer.update,
+                self.layout.views(meta),
+                params,
+                state,
+                idx[None],
+            )
             return self.meta_loss(losses[0]), params, state
 
         self.step = accelerated(over_pairs(step), self.compile, self.device)
@@ -453,16 +451,11 @@ class EvolutionJob(MetaJob):
     def batches(self, iteration: int) -> Tensor:
         """Item numbers ``[N, K, B]``; every pair reads a stream of its own."""
         c, k = self.config, self.config.estimator.truncation
-        streams = range(c.estimator.pairs)
-        return torch.stack(
-            [
-                train_indices(
-                    self.task.items, c.batch, TRAINING * (c.seed + 1) + pair,
-                    iteration * k, k, device=self.device,
-                )
-                for pair in streams
-            ]
-        )  # fmt: skip
+        first = TRAINING * (c.seed + 1)
+        streams = range(first, first + c.estimator.pairs)
+        return train_batches(
+            self.task.items, c.batch, streams, iteration * k, k, self.device
+        )
 
     def estimate(
         self, meta: Tensor, eps: Tensor, state: State, batches: Tensor

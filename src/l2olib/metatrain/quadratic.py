@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..optimizers import AdamW, State, check_least, constant
+from ..optimizers import AdamW, State, check_least, check_literals, constant
 from ..records import later
 from ..stability import NoisyQuadratic, spectral_radius
 from ..train import log_spaced
-from .evolution import alike, clipped, es, generator
+from .evolution import clipped, es, generator
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -160,6 +160,7 @@ class GradientVariance:
     hessian: Matrix = HESSIAN
 
     def __post_init__(self) -> None:
+        check_literals(self)
         if len(self.seeds) % self.batches or len(self.seeds) < 2:
             raise ValueError(
                 f"seeds must be two or more, in whole batches: {len(self.seeds)} are "
@@ -414,9 +415,12 @@ class QuadraticMetaTrainingJob:
         eps, phi, minima = self.draws(iteration)
         nothing = torch.zeros(len(eps), dtype=torch.int64)
         fresh = {
-            "params": alike(phi, 2), "optimizer": {}, "noise": torch.zeros_like(eps),
-            "steps": nothing, "episodes": nothing,
-        }  # fmt: skip
+            "params": torch.stack([phi, phi], 1),
+            "optimizer": {},
+            "noise": torch.zeros_like(eps),
+            "steps": nothing,
+            "episodes": nothing,
+        }
         meta = state["meta"].repeat_interleave(c.pairs, 0)
         found, _ = self.estimator.estimate(
             self.run, _never, meta, eps, fresh, minima.movedim(0, 1)[:, None]
@@ -476,7 +480,7 @@ class QuadraticMetaTrainingJob:
             "radius": spectral_radius(dynamics).float(),
             "moduli": moduli.float(),
             "single": variances[-1].sum((-1, -2)).float(),
-            "optimum": _lowest_loss(c.hessian, c.spread, c.horizon)[None],
+            "optimum": lowest_loss(c.hessian, c.spread, c.horizon)[None],
         }
 
 
@@ -485,16 +489,14 @@ def _never(pair: int, episode: int) -> tuple[Tensor, State]:
 
 
 @cache
-def _lowest_loss(hessian: Matrix, spread: float, horizon: int) -> Tensor:
-    start = spread * torch.eye(len(hessian), dtype=torch.float64)
-    return lowest_loss(problem_of(hessian), start, horizon)
+def lowest_loss(hessian: Matrix, spread: float, steps: int) -> Tensor:
+    """The lowest expected mean loss over ``steps`` of any linear optimizer M, a scalar.
 
-
-def lowest_loss(problem: NoisyQuadratic, start: Tensor, steps: int) -> Tensor:
-    """The lowest expected mean loss over `steps` of any linear optimizer M, a scalar.
-
-    By L-BFGS on M from half the largest stable step, with exact derivatives.
+    From phi_0 ~ N(0, spread I). By L-BFGS on M from half the largest stable step, with
+    exact derivatives.
     """
+    problem = problem_of(hessian)
+    start = spread * torch.eye(problem.size, dtype=torch.float64)
     gain = (torch.eye(problem.size) / problem.sharpness).double().requires_grad_()
     search = torch.optim.LBFGS(
         [gain],
@@ -515,8 +517,8 @@ def lowest_loss(problem: NoisyQuadratic, start: Tensor, steps: int) -> Tensor:
         return closure().detach()
 
 
-def literal_shares(values: Sequence[float], hessian: Matrix = HESSIAN) -> list[float]:
+def literal_shares(values: Sequence[float]) -> list[float]:
     """Turn values of 2 alpha / lambda_max (STAR, caption of Fig. 2, to the letter) into
     shares of the largest stable step, alpha lambda_max / 2."""
-    sharpness = problem_of(hessian).sharpness
+    sharpness = problem_of(HESSIAN).sharpness
     return [value * sharpness**2 / 4 for value in values]

@@ -12,54 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..data import load, train_indices
+from ..data import load, train_batches, train_indices
 from ..optimizees import Layout, Task, check_built_for
-from ..optimizers import Adam, Meta, Optimizer, State, check_least, constant
+from ..optimizers import (
+    Adam,
+    Meta,
+    Optimizer,
+    State,
+    check_least,
+    check_literals,
+    constant,
+)
 from ..records import later
-from ..train import OVERHEAD, RATE, accelerated, compiled, inner_steps
-
-Order = Literal["first", "full"]
+from ..train import OVERHEAD, RATE, Order, accelerated, compiled, inner_steps
 
 TRAINING, VALIDATION = 1_000_000, 900_000
 """Where meta-training and its validation take optimizee seeds; figures use 0, 1, ..."""
-
-
-def unroll(
-    task: Task,
-    update: Callable[..., Any],
-    meta: Meta,
-    params: Tensor,
-    state: State,
-    idx: Tensor,
-    order: Order = "first",
-) -> tuple[Tensor, Tensor, State]:
-    """Take ``len(idx)`` inner steps; return losses ``[T]``, parameters and state.
-
-    Loss and gradient of step i are those of mini-batch ``idx[i]`` ([B]) at the current
-    parameters. ``order="first"`` treats the gradient that enters the optimizer as data
-    (no second derivatives of the optimizee, as both public code bases do); ``"full"``
-    differentiates through it.
-    """
-    losses = []
-    for i in range(len(idx)):
-        if order == "first":
-            anchor = params.detach()
-            loss, grad = task.loss_and_grad(anchor, idx[i])
-            # Value f(anchor); its derivative in params is the same recorded gradient.
-            loss = loss + grad @ (params - anchor)
-        else:
-            loss, grad = task.loss_and_grad(params, idx[i])
-        losses.append(loss)
-        seen = loss.detach() if order == "first" else loss
-        delta, state = update(meta, grad, state, params, loss=seen)
-        params = params + delta
-    return torch.stack(losses), params, state
 
 
 def meta_gradient(
@@ -76,7 +50,9 @@ def meta_gradient(
     Returns the meta-gradient, the losses ``[T]``, and detached parameters and state.
     """
     leaves = {k: v.detach().requires_grad_() for k, v in meta.items()}
-    losses, params, state = unroll(task, update, leaves, params, state, idx, order)
+    params, state, losses = inner_steps(
+        task, update, leaves, params, state, idx, order=order
+    )
     grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
     cut = {k: v.detach() for k, v in state.items()}
     return dict(zip(leaves, grads, strict=True)), losses.detach(), params.detach(), cut
@@ -130,8 +106,7 @@ class MetaWork:
     @property
     def layout(self) -> Layout:
         """Layout of the meta-parameters as one vector."""
-        meta = self.optimizer.init_meta(self.seed)
-        return Layout({k: tuple(v.shape) for k, v in meta.items()})
+        return Layout.of(self.optimizer.init_meta(self.seed))
 
     @property
     def seeds(self) -> tuple[int]:
@@ -185,8 +160,7 @@ class MetaTraining(MetaWork):
             raise ValueError(
                 f"patience must be None or at least 1, not {self.patience}"
             )
-        if self.order not in ("first", "full"):
-            raise ValueError(f"order must be first or full, not {self.order!r}")
+        check_literals(self)
         check_built_for(self.optimizee, self.optimizer)
 
     @property
@@ -267,7 +241,7 @@ class MetaJob:
             params = c.optimizee.init(seed).to(self.device)
             hidden = c.optimizer.init(params)
             views = self.layout.views(meta)
-            losses, _, _ = unroll(
+            *_, losses = inner_steps(
                 self.task, self.update, views, params, hidden, idx.to(self.device)
             )
             total += self.meta_loss(losses).double().mean().cpu()
@@ -380,7 +354,7 @@ class LearningCurveJob:
         c = self.config
         self.task = Task(c.optimizee, load(c.data, device=self.device))
         drawn = [c.optimizer.init_meta(TRAINING + seed) for seed in c.seeds]
-        self.layout = Layout({k: tuple(v.shape) for k, v in drawn[0].items()})
+        self.layout = Layout.of(drawn[0])
         if self.trained is None:
             self.rollouts = torch.tensor([0])
             metas = torch.stack([self.layout.flatten(meta) for meta in drawn])[None]
@@ -395,7 +369,7 @@ class LearningCurveJob:
 
         def step(meta: Tensor, params: Tensor, state: State, idx: Tensor) -> Any:
             params, state, losses = inner_steps(
-                self.task, c.optimizer, self.layout.views(meta), params, state,
+                self.task, c.optimizer.update, self.layout.views(meta), params, state,
                 idx[None],
             )  # fmt: skip
             return losses[0], params, state
@@ -418,12 +392,12 @@ class LearningCurveJob:
         c, k = self.config, int(state["done"])
         params = torch.stack([c.optimizee.init(s).to(self.device) for s in c.seeds])
         hidden = tree_map(lambda *x: torch.stack(x), *map(c.optimizer.init, params))
-        batches = [
-            train_indices(self.task.items, c.batch, s, 0, c.steps) for s in c.seeds
-        ]
+        batches = train_batches(
+            self.task.items, c.batch, c.seeds, 0, c.steps, self.device
+        )
         meta = self.metas[k].to(self.device)
         total = meta.new_zeros(len(c.seeds), dtype=torch.float64)
-        for idx in torch.stack(batches, 1).to(self.device):
+        for idx in batches.unbind(1):
             loss, params, hidden = self.step(meta, params, hidden, idx)
             total = total + cut(loss, c.ceiling, self.task.data.classes).double()
         state["objective"][:, k] = (total / c.steps).cpu()
