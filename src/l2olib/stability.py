@@ -297,9 +297,9 @@ class NoisyQuadratic:
     def descent_margin(self, blackbox: Tensor, nominal: Tensor | float = 0.0) -> Tensor:
         """Return lambda_min(M + M' - M' H M) [...] for any P, symmetric or not.
 
-        Non-negative iff no noiseless step can raise the loss, A'HA <= H. A sequence
-        of optimizers P_t that all have this property is stable in any order
-        (Theorem 27B).
+        Non-negative iff no noiseless step can raise the loss, A'HA <= H; then no
+        sequence of such optimizers P_t can, in any order (Theorem 27B; with noise the
+        covariance is bounded if there is some room to spare).
         """
         gain = self.gain(blackbox, nominal)
         certificate = gain + gain.mT - gain.mT @ self.hessian @ gain
