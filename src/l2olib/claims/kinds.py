@@ -1018,9 +1018,9 @@ class LessAligned(_OfTwo):
 def alignment(arrays: Arrays, exact: Tensor, clip: str = "clipped.") -> Tensor:
     """Inner product of estimates with ``exact [R, S, d]``, over their lengths, [R, S].
 
-    Of the mean product and the root mean square length: 1 if every estimate is a fixed
-    multiple of ``exact``, its cosine with it if all are alike, and less with noise: the
-    root of the share of E|estimate|^2 that lies where it should.
+    Of the mean product and the root mean square length: 1 if every estimate is the same
+    positive multiple of ``exact``, its cosine with it if all are alike, and less with
+    noise.
     """
     mean, square = arrays[f"{clip}mean"].double(), arrays[f"{clip}square"].double()
     product = (mean * exact).sum(-1)
