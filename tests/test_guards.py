@@ -666,7 +666,9 @@ def test_batches_that_do_not_fit_a_segment_are_refused():
         (LGL2O(LSTM, GD, n_t=5, n_c=2), 9, torch.zeros(2, 2, 8)),
         (Shadow(LSTM, GD, n_t=5, validation="full"), 10, torch.zeros(2, 2, 8)),
     ):
-        with pytest.raises(ValueError, match=r"must be a multiple of n_t=5, with val"):
+        with pytest.raises(
+            ValueError, match="must be a multiple of the 5 of a decision, with v"
+        ):
             guard.segment(task, {}, {}, train[:steps], held)
 
 

@@ -34,10 +34,44 @@ def select(condition: Any, a: Any, b: Any) -> Any:
     return tree_map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
-def finite(state: Any) -> Tensor | bool:
+def finite(state: Any) -> Any:
     """Whether every number of a state is finite (a scalar bool; True of no numbers)."""
     leaves = [x.isfinite().all() for x in tree_leaves(state)]
     return torch.stack(leaves).all() if leaves else True
+
+
+def in_decisions(
+    method: Any,
+    task: Task,
+    metas: Metas,
+    state: State,
+    train: Tensor,
+    valid: Tensor | None,
+) -> tuple[State, Trace]:
+    """A segment of a method that can ``decide``: one decision after the other.
+
+    ``train [S, B]``, ``valid [S / interval, batches, B]``. The trace joins those of the
+    decisions: losses ``[S]``, the method's ``traces``, the last ``candidates``.
+    """
+    each = method.interval
+    decisions = len(train) // each
+    needed = None if method.batches is None else (decisions, method.batches[0])
+    given = None if valid is None else tuple(valid.shape[:2])
+    if len(train) % each or given != needed:
+        raise ValueError(
+            f"a segment of {len(train)} steps must be a multiple of the {each} of a "
+            f"decision, with validation batches {needed or 'None'} (decisions, "
+            f"batches), not {given or 'None'}"
+        )
+    traces = []
+    for d, batches in enumerate(train.split(each)):
+        held_out = None if valid is None else valid[d]
+        state, trace = method.decide(task, metas, state, batches, held_out)
+        traces.append(trace)
+    joined = {key: torch.stack([t[key] for t in traces]) for key in method.traces}
+    joined["loss"] = torch.cat([t["loss"] for t in traces])
+    joined["candidates"] = traces[-1]["candidates"]
+    return state, joined
 
 
 def _standard_error(delta: Tensor) -> Tensor:
@@ -256,24 +290,7 @@ class LGL2O(_OverTwo):
         for each decision ``use_l2o``, both validation losses and the standard error of
         their difference; ``candidates`` are y and z of the last decision, for audits.
         """
-        decisions = len(train) // self.n_t
-        needed = None if self.validation == "full" else (decisions, self.n_c)
-        given = None if valid is None else tuple(valid.shape[:2])
-        if len(train) % self.n_t or given != needed:
-            raise ValueError(
-                f"a segment of {len(train)} steps must be a multiple of n_t="
-                f"{self.n_t}, with validation batches {needed or 'None'} (decisions, "
-                f"n_c), not {given or 'None'}"
-            )
-        traces = []
-        for d, batches in enumerate(train.split(self.n_t)):
-            held_out = None if valid is None else valid[d]
-            state, trace = self.decide(task, metas, state, batches, held_out)
-            traces.append(trace)
-        joined = {key: torch.stack([t[key] for t in traces]) for key in self.traces}
-        joined["loss"] = torch.cat([t["loss"] for t in traces])
-        joined["candidates"] = traces[-1]["candidates"]
-        return state, joined
+        return in_decisions(self, task, metas, state, train, valid)
 
     def decide(
         self,

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Meta = dict[str, Tensor]
 State = dict[str, Any]
@@ -392,3 +393,48 @@ class StoppedClock(Wrapped):
             raise ValueError(f"{self.optimizer!r} reads no clock that could be stopped")
         state = state | {"step": state["step"].clamp(max=self.at)}
         return self.optimizer.update(meta, grad, state, params, loss=loss)
+
+
+@dataclass(frozen=True)
+class Restarted(Wrapped):
+    """An optimizer whose memory starts again every ``every`` steps.
+
+    From its beginning or, with ``average``, from the mean of the memory over all
+    coordinates, the last axis of its tensors: so Meta Guard chains its unrolls (Wang
+    et al. 2023). Its clock, if it reads one, starts again as well.
+    """
+
+    every: int = 10
+    average: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, every=1)
+
+    def init(self, params: Tensor) -> State:
+        return {"memory": super().init(params), "steps": _count(params)}
+
+    def update(
+        self,
+        meta: Meta,
+        grad: Tensor,
+        state: State,
+        params: Tensor,
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        memory, steps = state["memory"], state["steps"]
+        again = averaged(memory) if self.average else self.optimizer.init(params)
+        now = steps % self.every == 0
+        memory = tree_map(lambda a, b: torch.where(now, a, b), again, memory)
+        delta, memory = self.optimizer.update(meta, grad, memory, params, loss=loss)
+        return delta, {"memory": memory, "steps": steps + 1}
+
+
+def averaged(state: State) -> State:
+    """The memory that all coordinates share on average: tensors ``[..., n]`` of means.
+
+    Numbers that are none of a coordinate (counters) stay.
+    """
+    return tree_map(
+        lambda x: x.mean(-1, keepdim=True).expand_as(x) if x.dim() else x, state
+    )

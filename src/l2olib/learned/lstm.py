@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..optimizers import Meta, State, check_least
+from ..records import later
 
 
 def log_and_sign(grad: Tensor, p: float) -> Tensor:
@@ -46,12 +47,17 @@ class LSTMOptimizer:
     LGL2O paper. Meta-parameters, for layer l:
     ``w{l} [4 hidden, inputs + hidden]`` (gates i, f, g, o), ``b{l} [4 hidden, 1]``,
     then ``w_out [1, hidden]`` and ``b_out [1, 1]``.
+
+    ``learned_start``: the memory that every coordinate begins with is learned, too
+    (Meta Guard): meta-parameters ``h{l}`` and ``c{l} [hidden, 1]``, zero at first and
+    named like the entries of the state that they start.
     """
 
     hidden: int = 20
     layers: int = 2
     p: float = 10.0
     scale: float = 0.1
+    learned_start: bool = later(False)
 
     def __post_init__(self) -> None:
         check_least(self, hidden=1, layers=1)
@@ -83,15 +89,21 @@ class LSTMOptimizer:
             )
         meta["w_out"] = uniform(1, self.hidden)
         meta["b_out"] = uniform(1, 1)
+        if self.learned_start:
+            meta |= {name: torch.zeros(self.hidden, 1) for name in self.memory}
         return meta
+
+    @property
+    def memory(self) -> list[str]:
+        """Entries of the state with a number for each unit and coordinate."""
+        return [f"{kind}{k}" for k in range(self.layers) for kind in ("h", "c")]
 
     def init(self, params: Tensor) -> State:
         zero = params.new_zeros(self.hidden, params.shape[-1])
-        return {
-            f"{kind}{layer}": zero.clone()
-            for layer in range(self.layers)
-            for kind in ("h", "c")
-        }
+        state: State = {name: zero.clone() for name in self.memory}
+        if self.learned_start:
+            state["begun"] = params.new_zeros((), dtype=torch.bool)
+        return state
 
     def update(
         self,
@@ -104,6 +116,10 @@ class LSTMOptimizer:
     ) -> tuple[Tensor, State]:
         x = log_and_sign(grad, self.p)
         new: State = {}
+        if self.learned_start:
+            began = state["begun"]
+            state = {k: torch.where(began, state[k], meta[k]) for k in self.memory}
+            new["begun"] = torch.ones_like(began)
         for layer in range(self.layers):
             h, c = state[f"h{layer}"], state[f"c{layer}"]
             gates = torch.addmm(meta[f"b{layer}"], meta[f"w{layer}"], torch.cat([x, h]))
