@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 
 from .guards import finite, in_decisions
 from .optimizees import Layout, Task
-from .optimizers import Meta, Optimizer, State, averaged, check_least, check_literals
+from .optimizers import Meta, Optimizer, State, check_least, check_literals, mean_memory
 from .train import Cost, Metas, Order, Trace, inner_steps
 
 
@@ -228,7 +228,7 @@ class _MetaGuard(ABC):
                 first,
                 self.order,
             )
-            mean = averaged(memory)
+            mean = mean_memory(memory)
             shared = {k: mean[k][:, :1] for k in self.memory}
             return end, theta | shared, losses
 

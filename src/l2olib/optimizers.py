@@ -423,14 +423,14 @@ class Restarted(Wrapped):
         loss: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         memory, steps = state["memory"], state["steps"]
-        again = averaged(memory) if self.average else self.optimizer.init(params)
+        again = mean_memory(memory) if self.average else self.optimizer.init(params)
         now = steps % self.every == 0
         memory = tree_map(lambda a, b: torch.where(now, a, b), again, memory)
         delta, memory = self.optimizer.update(meta, grad, memory, params, loss=loss)
         return delta, {"memory": memory, "steps": steps + 1}
 
 
-def averaged(state: State) -> State:
+def mean_memory(state: State) -> State:
     """The memory that all coordinates share on average: tensors ``[..., n]`` of means.
 
     Numbers that are none of a coordinate (counters) stay.
