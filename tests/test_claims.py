@@ -932,6 +932,12 @@ def test_verdicts():
     assert verdict_of(claim(missing), CURVES).verdict == "not testable yet"
     assert verdict_of(claim(A_WINS, missing), CURVES).verdict == "partly"
     assert verdict_of(claim(B_WINS, missing), CURVES).verdict == "not testable yet"
+    late = Lower("f", "A", "B", (0, 10**9))  # no record of this profile is that long
+    undecided = "not testable at this profile"
+    assert verdict_of(claim(B_WINS, late), CURVES).verdict == undecided
+    assert verdict_of(claim(B_WINS, late, missing), CURVES).verdict == (
+        "not testable yet"
+    )
 
 
 def test_swapped_labels_flip_the_verdict():
@@ -1031,19 +1037,19 @@ def test_a_rows_p_value_is_its_largest():
 
 
 @pytest.mark.parametrize(
-    "why, tally",
+    "why, verdict, tally",
     [
-        (NotRecorded("not recorded"), "1 waiting"),
-        (NotTestable("not recorded"), "1 not testable"),
+        (NotRecorded("not recorded"), "yet", "1 waiting"),
+        (NotTestable("not recorded"), "at this profile", "1 not testable"),
     ],
     ids=("missing", "undecided"),
 )
-def test_a_missing_experiment_is_not_testable(why, tally):
+def test_a_missing_experiment_is_not_testable(why, verdict, tally):
     def load(experiment):
         raise why
 
     (found,) = judge([claim(A_WINS)], load)
-    assert found.verdict == "not testable yet" and found.tally == tally
+    assert found.verdict == f"not testable {verdict}" and found.tally == tally
     assert str(found.findings[0][1]) == "not recorded"
 
 

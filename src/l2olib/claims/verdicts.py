@@ -179,11 +179,11 @@ def settle(
 
 def _verdict(row: Sequence[tuple[Any, Outcome | NotTestable]], p: float | None) -> str:
     outcomes = [o for _, o in row if isinstance(o, Outcome)]
-    if not outcomes:
-        return "not testable yet"
-    passed = sum(o.passed for o in outcomes)
-    if passed == 0:
-        return "not reproduced" if len(outcomes) == len(row) else "not testable yet"
-    if passed == len(row) and (p is None or p < ALPHA):
-        return "reproduced"
-    return "partly"
+    if passed := sum(o.passed for o in outcomes):
+        whole = passed == len(row) and (p is None or p < ALPHA)
+        return "reproduced" if whole else "partly"
+    if len(outcomes) == len(row):
+        return "not reproduced"
+    # what fails rules a row out only if nothing that could still pass is left
+    waiting = any(isinstance(o, NotRecorded) for _, o in row)
+    return "not testable yet" if waiting else "not testable at this profile"
