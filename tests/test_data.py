@@ -77,7 +77,7 @@ def raw(*needs: str) -> Path:
     """Return the data folder that holds all `needs`, or skip."""
     for folder in data._folders(None):
         if all((folder / need).exists() for need in needs):
-            return folder
+            return folder.resolve()  # for links, wherever the tests were started
     pytest.skip(f"{', '.join(needs)} not in the data folder")
 
 
