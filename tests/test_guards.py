@@ -689,6 +689,31 @@ def test_wrong_lazy_guards_are_refused():
     assert Lazy(LSTM, learned, fallback_state="reset").fallback == learned
 
 
+@dataclass(frozen=True)
+class Never:
+    """A test of noise of one's own: it counts, and accepts nothing."""
+
+    traces = ("asked",)
+
+    def init(self, params: Tensor) -> dict[str, Tensor]:
+        return {"asked": params.new_zeros(())}
+
+    def __call__(self, delta: Tensor, apart: Tensor, state: dict[str, Tensor]):
+        asked = state["asked"] + 1
+        return (delta > delta).any(), {"asked": asked}, {"asked": asked}
+
+
+def test_a_test_of_noise_of_ones_own():
+    task, guard = blobs(), LGL2O(LSTM, GD, n_t=2, n_c=3, test=Never())
+    idx, start = batches(task, 8, 8), start_of(task)
+    judges, metas = held_out(task, guard, 4), metas_of(guard)
+    state, trace = guard.segment(task, metas, guard.init(start), idx, judges)
+    assert trace["asked"].tolist() == [1, 2, 3, 4] and not trace["use_l2o"].any()
+    alone = Alone(GD)
+    expected, _ = alone.segment(task, {"optimizer": {}}, alone.init(start), idx, None)
+    assert torch.allclose(state["params"], expected["params"], rtol=1e-12)
+
+
 def test_wrong_tests_of_noise_are_refused():
     with pytest.raises(ValueError, match="^z must be at least 0, not -1"):
         Margin(-1.0)
@@ -698,7 +723,9 @@ def test_wrong_tests_of_noise_are_refused():
         Sequential(0.0)
     with pytest.raises(ValueError, match="^memory must lie strictly between"):
         Sequential(memory=1.0)
-    with pytest.raises(ValueError, match=r"^test must be a Margin.*, not 3\.0"):
+    with pytest.raises(
+        ValueError, match=r"^test must be None or .* Margin.*, not 3\.0"
+    ):
         LGL2O(LSTM, GD, test=3.0)
     with pytest.raises(ValueError, match="^the full loss has no noise"):
         LGL2O(LSTM, GD, validation="full", test=Margin())

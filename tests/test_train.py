@@ -467,10 +467,18 @@ def test_a_resumed_state_has_the_order_of_the_saved_one(toy_data, tmp_path):
     seen, advance = [], job.advance
     job.advance = lambda state: (seen.append(state), advance(state))[1]
     with pytest.raises(Unfinished):
-        drive(job, checkpoint=path, time_limit=0.0)
+        drive(job, key="k", checkpoint=path, time_limit=0.0)
     started = records.flatten(job.start())
-    drive(job, checkpoint=path)
+    drive(job, key="k", checkpoint=str(path))
     assert list(records.flatten(seen[0])) == list(started) != sorted(started)
+
+
+def test_a_checkpoint_without_a_key_is_refused(toy_data, tmp_path):
+    """It could not be told from that of another configuration."""
+    config, path = work(METHODS["alone"]), tmp_path / "run.checkpoint"
+    with pytest.raises(ValueError, match="a checkpoint needs a key that names the con"):
+        drive(config.job("cpu", False, metas_of(config.method)), checkpoint=path)
+    assert not path.exists()
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(toy_data, tmp_path):

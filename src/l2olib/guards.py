@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -80,6 +80,25 @@ def _standard_error(delta: Tensor) -> Tensor:
 
 
 # ---- tests of a noisy criterion ------------------------------------------------------
+
+
+@runtime_checkable
+class NoiseTest(Protocol):
+    """How a loss guard judges a proposal by differences that are only estimated.
+
+    ``traces``: what it records of each decision; ``init`` gives its state. A call takes
+    the differences in loss of each validation item, ``delta [n_c, B]``, and how far
+    ``apart`` the candidates are; it returns whether to accept, the state, the traces.
+    """
+
+    @property
+    def traces(self) -> tuple[str, ...]: ...
+
+    def init(self, params: Tensor) -> State: ...
+
+    def __call__(
+        self, delta: Tensor, apart: Tensor, state: State
+    ) -> tuple[Tensor, State, Trace]: ...
 
 
 @dataclass(frozen=True)
@@ -235,7 +254,7 @@ class LGL2O(_OverTwo):
     proposal_state: Memory = "carry"
     fallback_state: Literal["keep", "revert", "reset"] = "keep"
     clock: Literal["global", "accepted"] = "global"
-    test: Margin | Sequential | Coin | None = None
+    test: NoiseTest | None = None
     radius: float | None = None
 
     # What a subclass traces besides.
@@ -244,9 +263,10 @@ class LGL2O(_OverTwo):
     def __post_init__(self) -> None:
         check_least(self, n_t=1, n_c=1)
         check_literals(self)
-        if not isinstance(self.test, Margin | Sequential | Coin | None):
+        if not isinstance(self.test, NoiseTest | None):
             raise ValueError(
-                f"test must be a Margin, Sequential, Coin or None, not {self.test!r}"
+                "test must be None or a test of noise such as Margin(3.0), with "
+                f"traces, init and a call (see NoiseTest), not {self.test!r}"
             )
         if self.test is not None and self.validation == "full":
             raise ValueError(

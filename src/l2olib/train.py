@@ -121,7 +121,7 @@ def drive(
     job: Job,
     *,
     key: str = "",
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     save_every: float = 60.0,
     time_limit: float | None = None,
     device: str = "cpu",
@@ -134,12 +134,20 @@ def drive(
     a run), on a GPU of the clock, resumed pieces included, of the first rank if there
     are several.
 
-    ``key`` names the configuration: a checkpoint of another one, or a damaged one, is
-    refused with :class:`records.RecordError`. ``save_every`` and ``time_limit`` are in
+    ``key`` names the configuration, and a checkpoint needs one: a checkpoint of another
+    one, or a damaged one, is refused with :class:`records.RecordError`. The file stays
+    when all is done. ``save_every`` and ``time_limit`` are in
     seconds. What was done until an interrupt (Ctrl-C) is saved, too.
     ``origins``, facts about this process, are kept in the checkpoint; those of the
     processes that it has been through are put before them.
     """
+    if checkpoint is not None:
+        if not key:
+            raise ValueError(
+                "a checkpoint needs a key that names the configuration, or a run of "
+                "another one would go on from it"
+            )
+        checkpoint = Path(checkpoint)
     keep_memory()
     origins = [] if origins is None else origins
     clock = time.monotonic if device.startswith("cuda") else time.process_time
@@ -357,7 +365,16 @@ class Method(Protocol):
         state: State,
         train: Tensor,
         valid: Tensor | None,
-    ) -> tuple[State, Trace]: ...
+    ) -> tuple[State, Trace]:
+        """Take the ``S`` steps of a segment; ``S / interval`` decisions.
+
+        ``metas``: meta-parameters by role ({} for a hand-crafted optimizer). ``train
+        [S, B]``: items of the batch of each step. ``valid [S / interval, batches, B]``,
+        or None. The trace has the losses before each step, ``loss [S]``, and each of
+        ``traces``, ``[S / interval]``. :func:`l2olib.guards.in_decisions` makes a
+        segment of a method that says how it decides once.
+        """
+        ...
 
     def cost(
         self, optimizee: Any, batch: int, items: int, accepted: float = 0.0
