@@ -7,12 +7,13 @@ resumed, timed and stored, as one record. What differs between the profiles ``sm
 :class:`~l2olib.metatrain.truncated.MetaTraining`, ...) that names its whole
 configuration and makes the job that computes it.
 
-``runs`` has the mechanism; ``lgl2o``, ``star`` and ``transfer`` have the entries, each
-with what they are made of.
+``runs`` has the mechanism; ``lgl2o``, ``meta_guard``, ``star`` and ``transfer`` have
+the entries, each with what they are made of.
 """
 
-from . import lgl2o, star, transfer
+from . import lgl2o, meta_guard, star, transfer
 from .lgl2o import FIGURES, L2O, LADDERS, RULES, SMALL_MLP, lgl2o_methods, settings
+from .meta_guard import META_TRAINED, PANELS, meta_guard_methods
 from .runs import (
     EXPERIMENTS,
     PROFILES,
@@ -54,6 +55,8 @@ __all__ = [
     "INTERVENTIONS",
     "L2O",
     "LADDERS",
+    "META_TRAINED",
+    "PANELS",
     "PROFILES",
     "RULES",
     "SMALL_MLP",
@@ -69,6 +72,7 @@ __all__ = [
     "hyperparameters",
     "lgl2o_methods",
     "load_weights",
+    "meta_guard_methods",
     "pending",
     "ready",
     "results",
@@ -82,5 +86,5 @@ __all__ = [
     "trainings",
 ]
 
-for _module in (lgl2o, star, transfer):
+for _module in (lgl2o, meta_guard, star, transfer):
     EXPERIMENTS.update({entry.id: entry for entry in _module.ENTRIES})
