@@ -299,7 +299,7 @@ def test_unknown_ids_and_profiles_are_refused():
         find("lgl2o.fig33")
     with pytest.raises(ExperimentError, match="no profile 'huge': use smoke, laptop"):
         runs("lgl2o.fig3", "huge")
-    families = ("lgl2o.*", "star.*", "ours.*")
+    families = ("lgl2o.*", "metaguard.*", "star.*", "ours.*")
     assert {e.id for f in families for e in find(f)} == set(EXPERIMENTS)
 
 

@@ -20,12 +20,14 @@ from test_guards import Counted
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from l2olib.data import load
+from l2olib.guards import LGL2O
 from l2olib.learned.lstm import LSTMOptimizer
-from l2olib.meta_guard import AMG, SMG, Adapted
+from l2olib.meta_guard import AMG, SMG, Adapted, Compared
 from l2olib.metatrain.truncated import MetaTraining
-from l2olib.optimizees import MLP
-from l2olib.optimizers import Restarted
-from l2olib.train import Alone, Training
+from l2olib.optimizees import MLP, Task
+from l2olib.optimizers import SGD, Restarted, constant
+from l2olib.train import Alone, Training, drive
 
 LSTM = LSTMOptimizer(hidden=3, learned_start=True)
 
@@ -403,6 +405,63 @@ def test_a_training_resumes(tmp_path):
     arrays = expect_resumable(work, tmp_path / "state", metas)
     assert arrays["choice"].shape == (2, 4)
     assert arrays["drift"].isfinite().all()
+
+
+def test_a_comparison_says_what_the_next_decision_keeps():
+    """Of the method itself: where its own run is ten steps later, theta adapted."""
+    method, sgd = SMG(LSTM, n_c=2, lr=0.5), SGD(constant(0.5))
+    lgl2o = LGL2O(Restarted(LSTM), sgd, n_c=2)
+    work = Training(
+        MLP((64, 6, 10)),
+        "digits",
+        method,
+        steps=20,
+        seeds=(0, 1),
+        replicas=2,
+        batch=16,
+        segment=10,
+        evaluations=20,
+        weights={"proposal": "none"},
+    )
+    metas = {"proposal": {k: v.float() for k, v in theta_of(LSTM).items()}}
+    others = {"LGL2O": lgl2o, "AMG": AMG(LSTM, n_c=2, lr=0.5), "SMG": method}
+    compared = Compared.of(work, others=others)
+    found, _ = drive(compared.job("cpu", False, metas))
+    plain, _ = drive(work.job("cpu", False, metas))
+    assert torch.equal(found["full_loss"], plain["full_loss"])
+    assert torch.allclose(found["kept"][:, :-1], found["full_loss"][:, 1:], rtol=1e-4)
+    assert torch.equal(found["kept.SMG"], found["kept"])
+    assert found["drift"].max() > 0  # or theta would not matter
+    # LGL2O with the theta that the run has by then, from its point, by hand
+    task = Task(work.optimizee, load("digits"))
+    job = replace(work, steps=10).job("cpu", False, metas)
+    state = job.advance(job.start())
+    train, valid = job.batches(10)
+    for k in range(2):
+        change, begun = (
+            state["method"]["change"],
+            lgl2o.init(state["method"]["params"][k]),
+        )
+        theta = {n: metas["proposal"][n] + change[n][k] for n in change}
+        given = {"proposal": theta, "fallback": {}}
+        then, _ = lgl2o.segment(task, given, begun, train[k], valid[k][:, 1:])
+        expected = task.full_loss(then["params"]).float()
+        assert torch.allclose(found["kept.LGL2O"][k, 0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (AMG(LSTM, 5), "must decide every 10 steps, by disjoint validation"),
+        (AMG(LSTM, validation="full"), "must decide every 10 steps, by disjoint"),
+    ],
+)
+def test_only_like_guards_are_compared(other, why):
+    work = Training(
+        MLP((64, 6, 10)), "digits", AMG(LSTM), steps=20, seeds=(0,), segment=10
+    )
+    with pytest.raises(ValueError, match=why):
+        Compared.of(work, others={"other": other})
 
 
 @pytest.mark.parametrize(

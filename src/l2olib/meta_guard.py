@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from .guards import finite, in_decisions
 from .optimizees import Layout, Task
 from .optimizers import Meta, Optimizer, State, check_least, check_literals, mean_memory
-from .train import Cost, Metas, Order, Trace, inner_steps
+from .train import Cost, Metas, Order, Trace, Training, TrainingJob, inner_steps
 
 
 class Point(NamedTuple):
@@ -370,3 +370,58 @@ class Adapted(_MetaGuard):
 
     def effort(self) -> tuple[int, int]:
         return 0, 0
+
+
+@dataclass(frozen=True)
+class Compared(Training):
+    """A training of a method of this module that asks what other guards would do.
+
+    At every mark it and each of ``others``, guards of the same learned optimizer, make
+    one decision from its point and its theta, on the same batches. The record holds the
+    full losses of what they keep: ``kept`` and ``kept.NAME`` ``[R, marks]``. The run
+    itself goes on as if nobody had asked.
+    """
+
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = self.method
+        for name, other in self.others.items():
+            if other.interval != own.interval or other.validation != own.validation:
+                raise ValueError(
+                    f"{name} must decide every {own.interval} steps, by "
+                    f"{own.validation} validation, as the method does"
+                )
+
+    def measure(self, job: TrainingJob, method: State, end: int) -> Trace:
+        change, given = method["change"], job.metas["proposal"]
+        theta = {name: given[name] + change[name] for name in given}
+        found = super().measure(job, method, end)
+        guards = {f"kept.{name}": other for name, other in self.others.items()}
+        for name, guard in {"kept": self.method, **guards}.items():
+            point = self.decision(job, guard, method["params"], theta, end)
+            found[name] = job.looks["full_loss"](point)
+        return found
+
+    def decision(
+        self, job: TrainingJob, guard: Any, params: Tensor, theta: Meta, end: int
+    ) -> Tensor:
+        """What ``guard`` keeps, ``[R, n]``, on the batches from step ``end`` on."""
+        train, held_out = job.batches(end)
+        if held_out is not None:
+            # the batch that comes first is for a gradient, which not all take
+            held_out = held_out[:, :1, -guard.batches[0] :]
+
+        def decide(
+            params: Tensor, theta: Meta, train: Tensor, held_out: Tensor | None
+        ) -> Tensor:
+            begun = guard.init(params)
+            metas: Metas = {"fallback": {}, "proposal": theta}
+            state, _ = guard.segment(job.task, metas, begun, train, held_out)
+            kept: Tensor = state["params"]
+            return kept
+
+        dims = (0, 0, 0, None if held_out is None else 0)
+        turn = train[:, : guard.interval]
+        return torch.func.vmap(decide, in_dims=dims)(params, theta, turn, held_out)

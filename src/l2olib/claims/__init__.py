@@ -10,7 +10,7 @@ Curves are what :func:`l2olib.experiments.curves` makes of an experiment's recor
 a dict from a method's name to arrays whose first axis is the seed.
 
 ``kinds`` has the kinds of tests and their statistics, ``verdicts`` what a row is and
-how it is judged, ``lgl2o`` and ``star`` the rows.
+how it is judged, ``lgl2o``, ``meta_guard`` and ``star`` the rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable
 
-from . import lgl2o, star
+from . import lgl2o, meta_guard, star
 from .kinds import (
     ALPHA,
     Curves,
@@ -63,7 +63,9 @@ __all__ = [
     "window_mean",
 ]
 
-LEDGER = tuple(sorted((*lgl2o.ROWS, *star.ROWS), key=lambda claim: claim.place))
+LEDGER = tuple(
+    sorted((*lgl2o.ROWS, *meta_guard.ROWS, *star.ROWS), key=lambda claim: claim.place)
+)
 
 
 def hashes_for(experiment: str) -> dict[str, str]:

@@ -367,6 +367,26 @@ class Switching(_OfOne):
         )
 
 
+@dataclass(frozen=True)
+class Seldom(_OfOne):
+    """Proposals of ``method`` win less than ``share`` of its last tenth of decisions.
+
+    One-sided sign-flip test over seeds.
+    """
+
+    share: float = 0.1
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = self.arrays(curves)
+        last = int(arrays["decisions"][-1])
+        window = (last - last // 10, last)
+        late = window_mean(arrays, window, "use_l2o", "decisions")
+        return _below_zero(late - self.share, f"{late.mean():.1%} of them")
+
+    def __str__(self) -> str:
+        return f"{self.method}: proposals win less than {self.share:.0%} late"
+
+
 def _below_zero(gap: Tensor, text: str, count: bool = False) -> Outcome:
     """Test mean(gap) < 0 over seeds; ``text`` says what was measured."""
     _enough(len(gap))
@@ -519,6 +539,29 @@ class KeepsBetter(_OfOne):
 
     def __str__(self) -> str:
         return f"{self.method} never keeps a point worse than the fallback's"
+
+
+@dataclass(frozen=True)
+class KeepsLower(_OfOne):
+    """From the points of ``method`` it keeps a lower loss than another guard would.
+
+    On the whole training set, after one decision of each on the same batches
+    (:class:`l2olib.meta_guard.Compared`), at more than ``share`` of the marks;
+    one-sided sign-flip test over seeds.
+    """
+
+    other: str
+    share: float = 0.9
+
+    def __call__(self, curves: Curves) -> Outcome:
+        arrays = self.arrays(curves)
+        won = arrays["kept"].double() <= arrays[f"kept.{self.other}"].double()
+        found = won.double().mean(1)
+        text = f"at {found.mean():.0%} of {won.shape[1]} points a seed"
+        return _below_zero(self.share - found, text)
+
+    def __str__(self) -> str:
+        return f"{self.method} keeps no higher a loss than {self.other} would"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..guards import LGL2O, Switch
 from ..learned.lstm import LSTMOptimizer
-from ..meta_guard import AMG, SMG, Adapted
+from ..meta_guard import AMG, SMG, Adapted, Compared
 from ..metatrain.truncated import MetaTraining
 from ..optimizers import SGD, Restarted, constant
 from ..train import Alone
@@ -54,9 +54,8 @@ class Panel:
     data: str
     network: str
 
-    def optimizee(self, data: str) -> Any:
-        return {"conv3": CONV3, "mlp": SMALL_MLP}[self.network][data]
 
+NETWORKS: dict[str, dict[str, Any]] = {"conv3": CONV3, "mlp": SMALL_MLP}
 
 PANELS = {
     "a": Panel("conv3", "fashion-mnist", "conv3"),
@@ -93,9 +92,7 @@ def _metatrain(profile: str) -> Iterable[tuple[str, Any]]:
     for network, data in META_TRAINED.items():
         smoke = profile == "smoke"
         data = "digits28" if smoke else data
-        work = MetaTraining(
-            LSTM, Panel("", data, network).optimizee(data), data, meta_lr=META_LR
-        )
+        work = MetaTraining(LSTM, NETWORKS[network][data], data, meta_lr=META_LR)
         if smoke:
             work = replace(work, batch=32, rollouts=2, rollout=20, validate_every=2)
         elif profile == "laptop":
@@ -103,17 +100,41 @@ def _metatrain(profile: str) -> Iterable[tuple[str, Any]]:
         yield weights(network, profile), work
 
 
+def _panel(
+    name: str, only: Iterable[str], profile: str, **changes: Any
+) -> Iterable[tuple[str, Any]]:
+    """Some of the methods on a panel, "panel, method"."""
+    panel = PANELS[name]
+    setting = {"data": panel.data, **SIZE[profile], **changes}
+    methods = meta_guard_methods()
+    return trainings(
+        {f"{name}, {label}": methods[label] for label in only},
+        weights(panel.trained_on, profile),
+        optimizee=NETWORKS[panel.network][setting["data"]],
+        **setting,
+    )
+
+
 def _fig1(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
-    for name, panel in PANELS.items():
-        setting = {"data": panel.data, **SIZE[profile]}
-        setting["seeds"] = seeds or setting["seeds"]
-        methods = {f"{name}, {k}": m for k, m in meta_guard_methods().items()}
-        yield from trainings(
-            methods,
-            weights(panel.trained_on, profile),
-            optimizee=panel.optimizee(setting["data"]),
-            **setting,
-        )
+    for name in PANELS:
+        few = {} if seeds is None else {"seeds": seeds}
+        yield from _panel(name, meta_guard_methods(), profile, **few)
+
+
+COMPARED: dict[str, dict[str, Any]] = {
+    "smoke": {"evaluations": 2},
+    "laptop": {"steps": 2_000, "evaluations": 30},
+    "paper": {"steps": 5_000, "evaluations": 30},
+}
+
+
+def _compared(profile: str) -> Iterable[tuple[str, Any]]:
+    """From where AMG is: what LGL2O and SMG would keep there (claim D9)."""
+    methods = meta_guard_methods()
+    others = {"LGL2O": methods["LGL2O without update"], "SMG": methods["SMG"]}
+    for name in ("a", "b"):
+        for run, work in _panel(name, ("AMG",), profile, **COMPARED[profile]):
+            yield run, Compared.of(work, others=others)
 
 
 ENTRIES = [
@@ -128,5 +149,11 @@ ENTRIES = [
         "L2O, its guards and SGD where network and data are seen or not",
         "06-meta-guard",
         _fig1,
+    ),
+    Experiment(
+        "metaguard.compared",
+        "What LGL2O and SMG would keep from where AMG is",
+        "06-meta-guard",
+        _compared,
     ),
 ]
