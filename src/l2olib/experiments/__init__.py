@@ -12,7 +12,16 @@ the entries, each with what they are made of.
 """
 
 from . import lgl2o, meta_guard, star, transfer
-from .lgl2o import FIGURES, L2O, LADDERS, RULES, SMALL_MLP, lgl2o_methods, settings
+from .lgl2o import (
+    CONV3,
+    FIGURES,
+    L2O,
+    LADDERS,
+    RULES,
+    SMALL_MLP,
+    lgl2o_methods,
+    settings,
+)
 from .meta_guard import META_TRAINED, PANELS, meta_guard_methods
 from .runs import (
     EXPERIMENTS,
@@ -48,6 +57,7 @@ from .transfer import GENERALIZATION
 
 __all__ = [
     "APPENDIX",
+    "CONV3",
     "EXPERIMENTS",
     "FIGURES",
     "GENERALIZATION",
