@@ -78,7 +78,7 @@ SIZE: dict[str, dict[str, Any]] = {
         "audit_every": 1,
         "sample": 200,
     },
-    "laptop": {"steps": 5_000, "seeds": 8, "audit_every": 10},
+    "laptop": {"steps": 5_000, "seeds": 8, "audit_every": 10, "sample": 10_000},
     "paper": {"steps": 10_000, "seeds": 25, "replicas": 25},
 }
 
@@ -123,7 +123,7 @@ def _fig1(profile: str, seeds: int | None = None) -> Iterable[tuple[str, Any]]:
 
 COMPARED: dict[str, dict[str, Any]] = {
     "smoke": {"evaluations": 2},
-    "laptop": {"steps": 2_000, "evaluations": 30},
+    "laptop": {"steps": 2_000, "evaluations": 30, "sample": 0},
     "paper": {"steps": 5_000, "evaluations": 30},
 }
 
