@@ -510,11 +510,13 @@ def test_entries_that_are_not_finite_count_as_clipped(toy_data, monkeypatch):
     job = EvolutionJob(small(clip=1.0))
     state = job.start()
     gradient = torch.zeros(1, len(state["meta"]))
-    gradient[0, :6] = torch.tensor([0.5, -1.0, -3.0, math.nan, math.inf, -math.inf])
+    gradient[0, :6] = torch.tensor(
+        [-1.0, -3.0, math.nan, math.nan, math.inf, -math.inf]
+    )
     found = Estimate(gradient, torch.zeros(1, 4, 2), torch.ones(1, 4))
     monkeypatch.setattr(job, "estimate", lambda *_: (found, state["pairs"]))
     state = job.advance(state)
-    assert state["clipped"][0].item() == pytest.approx(4 / gradient.numel())
+    assert state["clipped"][0].item() == pytest.approx(5 / gradient.numel())
     assert state["meta"].isfinite().all()
 
 

@@ -91,7 +91,7 @@ def test_rejection_steps_from_the_current_point():
 def test_residual_with_and_without_the_learning_rate():
     task = quadratic([2.0], [3.0])
     start = task.optimizee.init(0).double()
-    late = SGD(PowerDecay(0.2, 1.0, 1.0))  # 0.1 at this step, of which both are
+    late = SGD(PowerDecay(0.2, 1.0, 1.0))  # 0.1 at the first step
     for scaled, rate in [(True, 0.1), (False, 1.0)]:
         _, trace = run(GL2O(Step(-0.5), late, scaled=scaled), task, start, 1)
         assert trace["residual"].item() == pytest.approx(rate * 2 * 2.5)
