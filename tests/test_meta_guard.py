@@ -460,7 +460,7 @@ class Deep(Counted):
         return super().losses(params, batch)
 
 
-@pytest.mark.parametrize("kind", [SMG, AMG])
+@pytest.mark.parametrize("kind", [SMG, AMG, Adapted])
 def test_stated_depth_is_that_of_the_longest_chain_of_passes(kind):
     """On -x^2 / 2 from 1 a loss at x is the x-th pass in its chain: the unroll's steps
     are 1, the fallback goes from 1 to 1 + x for the gradient at x."""
