@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -761,8 +762,20 @@ def test_evidence_remembers_only_tests_that_all_records_know(toy_table):
         )
     curves, known = experiments.evidence("toy.fig")
     assert set(curves) == {"L2O", "LGL2O", "SGD"} and known == {"B1": "same"}
-    with pytest.raises(claims.NotTestable):
+    with pytest.raises(claims.NotRecorded, match="is not in the table yet"):
         experiments.evidence("not.there")
+
+
+def test_an_entry_without_evidence_says_why(toy_table, monkeypatch):
+    """One that cannot be built is an error, not something that is yet to come."""
+    entry = EXPERIMENTS["toy.fig"]
+    broken = replace(entry, build=partial(entry.build, steps=25))
+    monkeypatch.setitem(EXPERIMENTS, "toy.fig", broken)
+    with pytest.raises(ExperimentError, match="toy.fig at paper: steps must be"):
+        experiments.evidence("toy.fig")
+    monkeypatch.setitem(EXPERIMENTS, "toy.fig", replace(entry, profiles=("smoke",)))
+    with pytest.raises(claims.NotTestable, match="toy.fig is only at profile smoke"):
+        experiments.evidence("toy.fig")
 
 
 def test_claims_are_judged_on_recorded_curves(toy_table):

@@ -576,10 +576,13 @@ SHARED = ("steps", "marks", "decisions", "rollouts")
 
 def evidence(experiment: str) -> tuple[claims.Curves, dict[str, str]]:
     """What a claim is judged on: curves of committed records, tests known when made."""
+    if experiment not in EXPERIMENTS:
+        raise claims.NotRecorded(f"{experiment} is not in the table yet")
+    profiles = EXPERIMENTS[experiment].profiles
+    if not {"laptop", "paper"} & {*profiles}:
+        raise claims.NotTestable(f"{experiment} is only at profile {profiles[0]}")
     try:
         found = results(experiment, "record")
-    except ExperimentError:
-        raise claims.NotRecorded(f"{experiment} is not in the table yet") from None
     except records.Missing:
         raise claims.NotRecorded(f"{experiment} is not recorded in full") from None
     except RecordError as why:
