@@ -306,6 +306,16 @@ def test_a_damaged_record_is_not_overwritten(toy_table, cli):
     assert run.state() == "done"
 
 
+def test_a_record_that_cannot_be_read_is_left_alone(toy_table, cli):
+    cli("run", "toy.*")
+    run = experiments.find("toy.fig")[0].runs("laptop")[2]
+    run.path.unlink()
+    run.path.mkdir()
+    refused(cli("run", "toy.fig"), "0.safetensors.gz cannot be read: Is a directory")
+    status, out, _ = cli("list", "toy.fig", "--runs")
+    assert status == 0 and "5/6" in out[0] and "unreadable" in out[3]
+
+
 def test_damaged_weights(toy_table, cli):
     cli("run", "toy.*")
     path = toy_table / "data" / "optimizers" / "toy-lstm.safetensors.gz"

@@ -217,6 +217,24 @@ def test_a_truncated_file_is_refused_by_name(saved, keep):
     assert saved.read_bytes() == damaged, "it must stay for whoever wants to look"
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(saved, monkeypatch):
+    """What the system withholds may be good: nobody is told to delete it."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    below = saved / "below.safetensors"  # a file where its folder should be
+    for path, why in ((saved.parent, "Is a directory"), (below, "Not a directory")):
+        with pytest.raises(records.Unreadable, match=f"cannot be read: {why}; check"):
+            Record.load(path)
+    monkeypatch.setattr(type(saved), "read_bytes", refuse)
+    with pytest.raises(RecordError) as refusal:
+        Record.load(saved)
+    said = str(refusal.value)
+    assert f"{saved.name} cannot be read: Permission denied; check its perm" in said
+    assert "damaged" not in said and "delete" not in said
+
+
 def test_a_flipped_bit_never_changes_what_is_read(saved):
     """Anywhere in the file: refused by name, or (in the provenance) no content lost."""
     whole = saved.read_bytes()

@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         if state.startswith("needs "):
             return False
         if not args.redo:
-            if state == "damaged":
+            if state in ("damaged", "unreadable"):
                 item.load()  # raises: it is not for us to overwrite it unasked
             if state == "done":
                 return True

@@ -42,13 +42,26 @@ SUFFIX = ".safetensors.gz"
 class RecordError(Exception):
     """A record that cannot be used; the message says why and what to do."""
 
+    state = "damaged"
+    """What a run is called whose record raises it."""
+
 
 class Missing(RecordError):
     """There is no such record."""
 
+    state = "missing"
+
 
 class Stale(RecordError):
     """The record belongs to another configuration."""
+
+    state = "stale"
+
+
+class Unreadable(RecordError):
+    """The system does not give the file out; its content may be good."""
+
+    state = "unreadable"
 
 
 # ---- what determines a result: objects -> plain JSON ---------------------------------
@@ -172,15 +185,21 @@ def read(path: Path, device: str = "cpu") -> tuple[Arrays, dict[str, Any]]:
     """Read what :func:`write` wrote; a file that is not whole is a RecordError."""
     try:
         content = path.read_bytes()
+    except FileNotFoundError:
+        raise Missing(f"{short(path)} does not exist") from None
+    except OSError as error:  # says nothing about the content, so: keep the file
+        raise Unreadable(
+            f"{short(path)} cannot be read: {error.strerror or error}; check its "
+            "permissions and those of its folders"
+        ) from None
+    try:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         arrays = {k: v.to(device) for k, v in from_bytes(content).items()}
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         text = header.get("__metadata__", {})
         return arrays, {k: json.loads(v) for k, v in text.items()}
-    except FileNotFoundError:
-        raise Missing(f"{short(path)} does not exist") from None
-    except (SafetensorError, ValueError, OSError, EOFError, zlib.error) as error:
+    except (SafetensorError, ValueError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(
             f"{short(path)} is damaged ({error}): delete it and run the experiment "
             "again, or restore it, if git has it"

@@ -106,25 +106,22 @@ class Run:
         return Record.load(self.path, self.config)
 
     def state(self) -> str:
-        """``done``, ``missing``, ``stale``, ``damaged`` or ``needs ...``.
+        """``done``, ``missing``, ``stale``, ``damaged``, ``unreadable``, ``needs ...``.
 
         Stale: of another configuration. Weights or a search that the run reads are
-        needed if they are missing or stale; if damaged, the run counts as damaged.
+        needed if they are missing or stale; if they are damaged or unreadable, so is
+        the run.
         """
         try:
             config = self.config
         except (records.Missing, records.Stale):
             return "needs " + ", ".join(sorted(self.needs()))
-        except RecordError:
-            return "damaged"
+        except RecordError as error:
+            return error.state
         try:
             Record.load(self.path, config)
-        except records.Missing:
-            return "missing"
-        except records.Stale:
-            return "stale"
-        except RecordError:
-            return "damaged"
+        except RecordError as error:
+            return error.state
         return "done"
 
     def needs(self) -> dict[str, str]:
