@@ -339,6 +339,15 @@ def test_parameters_are_read_as_python_values() -> None:
             """"seeds='3" cannot be read (No closing quotation): write name=value, """
             "quotes in pairs.",
         ),
+        (
+            ["chapter", "demo", "--params", "seeds=3 seeds=4"],
+            "seeds is given twice: leave one of them out.",
+        ),
+        (
+            ["chapter", "demo", "--params", "profile=laptop"],
+            "profile is not for PARAMS or --params: write PROFILE=laptop or --profile "
+            "laptop.",
+        ),
         (["chapter", "demo"], "demo failed: KeyError: 'no'"),
     ],
 )

@@ -185,6 +185,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not (name.isidentifier() and equals):
             raise NotebookError(f"{word!r} is not a parameter: write name=value.")
+        if name in parameters:
+            raise NotebookError(f"{name} is given twice: leave one of them out.")
         try:
             parameters[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
@@ -201,6 +203,11 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
     import papermill
 
     [path] = find([name])
+    if "profile" in parameters:  # it may mean hours, so it has one place
+        raise NotebookError(
+            "profile is not for PARAMS or --params: write "
+            f"PROFILE={parameters['profile']} or --profile {parameters['profile']}."
+        )
     known = papermill.inspect_notebook(path)
     parameters = {"profile": profile, **parameters}
     for each in parameters:
