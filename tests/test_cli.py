@@ -354,6 +354,7 @@ def no_network(monkeypatch, tmp_path):
     entry = data._FILES["mnist"]
     fields = {"unpack": "mnist", "needs": entry.needs, "read": entry.read}
     monkeypatch.setitem(data._FILES, "mnist", data._Files(**fields, download=download))
+    (tmp_path / "raw").mkdir()
     monkeypatch.setenv("L2OLIB_DATA", str(tmp_path / "raw"))
     monkeypatch.setenv("L2OLIB_SHARED_DATA", str(tmp_path / "none"))
     loaded = dict(data._loaded)
