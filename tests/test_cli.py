@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from problems import SRC, Clock, make_toy_data, make_toy_table  # noqa: F401
 
-from l2olib import data, experiments, records, train
+from l2olib import claims, data, experiments, records, train
 from l2olib.__main__ import duration, main
+from l2olib.claims import kinds
 from l2olib.records import Record
 
 
@@ -314,6 +315,22 @@ def test_a_record_that_cannot_be_read_is_left_alone(toy_table, cli):
     refused(cli("run", "toy.fig"), "0.safetensors.gz cannot be read: Is a directory")
     status, out, _ = cli("list", "toy.fig", "--runs")
     assert status == 0 and "5/6" in out[0] and "unreadable" in out[3]
+
+
+def test_a_claim_on_a_damaged_record_is_judged_and_refused(toy_table, cli, monkeypatch):
+    """What else can be judged is; a record that is only stale is no failure."""
+    cli("run", "toy.*")
+    low = kinds.Lower("toy.fig", "SGD", "SGD", (0, 20))
+    row = claims.Claim("T1", "x", "s", "t", (low, replace(low, experiment="none")))
+    monkeypatch.setattr(claims, "LEDGER", (row,))
+    run = experiments.find("toy.fig")[0].runs("laptop")[4]
+    old, whole = Record.load(run.path), run.path.read_bytes()
+    run.path.write_bytes(whole[:-3])
+    result = cli("claims", "T1")
+    refused(result, "SGD/0.safetensors.gz is damaged")
+    assert len(result[1]) == 4 and "SGD/0.safetensors.gz is damaged" in result[1][2]
+    Record(old.config | {"version": 0}, old.arrays, old.provenance).save(run.path)
+    assert cli("claims", "T1")[0] == 0
 
 
 def test_damaged_weights(toy_table, cli):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import claims, data, experiments
 from .data import DataError
 from .experiments import ExperimentError, Run
-from .records import Record, RecordError, elapsed
+from .records import Record, RecordError, Stale, elapsed
 from .train import Unfinished, agreed, ranks
 
 
@@ -225,13 +225,22 @@ def execute(item: Run, args: argparse.Namespace, left: float | None) -> Record:
 
 
 def claims_(args: argparse.Namespace) -> int:
-    """Print the verdict of every claim whose id matches."""
+    """Print the verdict of every claim whose id matches.
+
+    Raises RecordError after that, if a record that they read is damaged or unreadable.
+    """
+    bad: RecordError | None = None
     for verdict in claims.report(args.pattern):
         print(f"{verdict.claim.id:4} {verdict.verdict:18} {verdict.claim.statement}")
         print(f"       {verdict.tally}")
         for test, outcome in verdict.findings:
             mark = getattr(outcome, "mark", "?")
             print(f"       {mark} {verdict.claim.name(test)}: {outcome}")
+            why = getattr(outcome, "__cause__", None)
+            if isinstance(why, RecordError) and not isinstance(why, Stale):
+                bad = why
+    if bad is not None:
+        raise bad
     return 0
 
 

@@ -583,7 +583,7 @@ def evidence(experiment: str) -> tuple[claims.Curves, dict[str, str]]:
     except records.Missing:
         raise claims.NotRecorded(f"{experiment} is not recorded in full") from None
     except RecordError as why:
-        raise claims.NotTestable(str(why)) from None
+        raise claims.NotTestable(str(why)) from why
     known = [r.provenance["claims"] for _, r in found]
     return curves(found), {k: v for k, v in known[0].items() if all(
         other.get(k) == v for other in known)}  # fmt: skip
