@@ -289,10 +289,15 @@ def test_a_profile_that_an_experiment_has_not(toy_table, cli):
     refused(cli("run", "star.fig3b"), "no profile laptop", "--profile paper")
 
 
-def test_a_folder_that_cannot_be_written(toy_table, cli):
-    (toy_table / "data").mkdir(exist_ok=True)
-    (toy_table / "data" / "records").write_text("a file in the place of the folder")
-    refused(cli("run", "toy.fig", "--only", "SGD/0"), "data/records")
+@pytest.mark.parametrize("folder", ["records/laptop", "scratch"])
+def test_a_folder_that_cannot_be_written(folder, toy_table, cli):
+    """It is found before the run is begun, whose work would be lost."""
+    place = toy_table / "data" / folder
+    place.parent.mkdir(parents=True)
+    place.write_text("a file in the place of the folder")
+    result = cli("run", "toy.fig", "--only", "SGD/0")
+    refused(result, f"data/{folder}", "SGD/0", "Not a directory")
+    assert result[1] == []
 
 
 def test_a_damaged_record_is_not_overwritten(toy_table, cli):

@@ -291,10 +291,27 @@ def test_writing_is_atomic(saved, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(records.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    why = f"{saved.name} cannot be written: no space.*; make its folder writable or"
+    with pytest.raises(RecordError, match=why):
         Record(CONFIG, {"loss": torch.zeros(9)}, FACTS).save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "deep" / "run.safetensors.gz"
+    records.check_writable(path)
+    assert not list(tmp_path.iterdir()), "asking leaves nothing behind"
+    with pytest.raises(RecordError, match="a folder has this name"):
+        records.check_writable(tmp_path)
+
+    def refuse(dir):
+        assert dir == tmp_path
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(records.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(RecordError, match=r"gz cannot be written: Permission denied"):
+        records.check_writable(path)
 
 
 # ---- provenance ----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import claims, data, experiments
 from .data import DataError
 from .experiments import ExperimentError, Run
-from .records import Record, RecordError, Stale, elapsed
+from .records import Record, RecordError, Stale, check_writable, elapsed
 from .train import Unfinished, agreed, ranks
 
 
@@ -174,6 +174,8 @@ def run(args: argparse.Namespace) -> int:
                 item.load()  # raises: it is not for us to overwrite it unasked
             if state == "done":
                 return True
+        for path in (item.path, item.checkpoint):  # not after hours
+            check_writable(path)
         begun.append(item)
         say(f"{item.experiment} {item.name} ({item.profile})")
         if state == "stale":

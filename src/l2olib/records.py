@@ -18,9 +18,11 @@ import os
 import platform
 import resource
 import subprocess
+import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -157,28 +159,54 @@ def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
 # ---- files ---------------------------------------------------------------------------
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say of an error of the system which file could not be written, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{short(path)} cannot be written: {error.strerror or error}; make its "
+            "folder writable or make room there, and give the same command again"
+        ) from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise RecordError if :func:`write` would not get as far as the first byte.
+
+    Nothing is left behind, not even the folders that ``write`` makes.
+    """
+    with _writing(path):
+        if path.is_dir():
+            raise OSError("a folder has this name")
+        there = next(folder for folder in path.parents if folder.exists())
+        tempfile.TemporaryFile(dir=there).close()
+
+
 def write(
     path: Path, arrays: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
     """Write arrays and JSON metadata to ``path`` in one atomic step.
 
-    A safetensors file, compressed if the name ends in ``.gz``.
+    A safetensors file, compressed if the name ends in ``.gz``. RecordError, which names
+    it, if the system refuses; an earlier file is then as it was.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
     text = {k: json.dumps(v, sort_keys=True) for k, v in metadata.items()}
     content = to_bytes(tensors, metadata=text)
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read(path: Path, device: str = "cpu") -> tuple[Arrays, dict[str, Any]]:
