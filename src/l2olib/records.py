@@ -227,7 +227,13 @@ def read(path: Path, device: str = "cpu") -> tuple[Arrays, dict[str, Any]]:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         text = header.get("__metadata__", {})
         return arrays, {k: json.loads(v) for k, v in text.items()}
-    except (SafetensorError, ValueError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+    ) as error:
         raise RecordError(
             f"{short(path)} is damaged ({error}): delete it and run the experiment "
             "again, or restore it, if git has it"
