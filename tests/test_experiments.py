@@ -680,7 +680,7 @@ def test_record_mode_refuses_other_parameters(toy_table, options):
     (name,) = options
     message = f"made with other parameters: leave {name} at the default"
     with pytest.raises(ExperimentError, match=message):
-        results("toy.fig", "record", **options)
+        results("toy.fig", "record", **{"data": None, **options})  # None: not given
 
 
 def test_record_mode_takes_paper_only_when_it_is_whole(toy_table):

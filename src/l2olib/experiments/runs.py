@@ -423,9 +423,10 @@ def results(
     candidate = _recorded(entry)
     runs = entry.runs(candidate)
     if [r.work for r in entry.runs(candidate, **options)] != [r.work for r in runs]:
+        given = [name for name, value in options.items() if value is not None]
         raise ExperimentError(
             f"the records of {experiment} were made with other parameters: leave "
-            f"{', '.join(options)} at the default, or recompute with profile smoke, "
+            f"{', '.join(given)} at the default, or recompute with profile smoke, "
             "laptop or paper"
         )
     runs = [r for r in runs if not only or r.label in only]
