@@ -259,6 +259,20 @@ def test_a_flipped_bit_never_changes_what_is_read(saved):
     assert refused > 0.7 * len(places)
 
 
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+@pytest.mark.parametrize("part", ["config", "provenance"])
+def test_a_number_that_json_has_not_is_damage(part, number, tmp_path):
+    path = tmp_path / "run.safetensors"
+    record = {"config": CONFIG, "provenance": FACTS, "digest": "0"}
+    wrong = record | {part: {"lr": number}}
+    with pytest.raises(ValueError, match="JSON"):
+        records.write(path, {}, wrong)
+    text = {k: json.dumps(v) for k, v in wrong.items()}
+    path.write_bytes(records.to_bytes({}, metadata=text))
+    with pytest.raises(RecordError, match="run.safetensors is damaged"):
+        Record.load(path)
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     records.write(path, arrays(), {"key": "k"})

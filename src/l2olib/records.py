@@ -192,7 +192,8 @@ def write(
     it, if the system refuses; an earlier file is then as it was.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
-    text = {k: json.dumps(v, sort_keys=True) for k, v in metadata.items()}
+    text = {k: json.dumps(v, sort_keys=True, allow_nan=False)
+            for k, v in metadata.items()}  # fmt: skip
     content = to_bytes(tensors, metadata=text)
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)
@@ -226,7 +227,8 @@ def read(path: Path, device: str = "cpu") -> tuple[Arrays, dict[str, Any]]:
         arrays = {k: v.to(device) for k, v in from_bytes(content).items()}
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         text = header.get("__metadata__", {})
-        return arrays, {k: json.loads(v) for k, v in text.items()}
+        # JSON has no NaN, and write none: int refuses what Python reads beyond JSON.
+        return arrays, {k: json.loads(v, parse_constant=int) for k, v in text.items()}
     except (
         SafetensorError,
         ValueError,
