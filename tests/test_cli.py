@@ -289,6 +289,15 @@ def test_a_profile_that_an_experiment_has_not(toy_table, cli):
     refused(cli("run", "star.fig3b"), "no profile laptop", "--profile paper")
 
 
+def test_what_a_glob_leaves_out_is_named(toy_table, cli, monkeypatch):
+    entry = replace(experiments.EXPERIMENTS["toy.fig"], id="toy.big")
+    big = replace(entry, profiles=("paper",))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy.big", big)
+    status, out, err = cli("run", "toy.*")
+    assert status == 0 and len(out) == 14
+    assert err == ["l2olib: left out, having no profile laptop: toy.big"]
+
+
 @pytest.mark.parametrize("folder", ["records/laptop", "scratch"])
 def test_a_folder_that_cannot_be_written(folder, toy_table, cli):
     """It is found before the run is begun, whose work would be lost."""

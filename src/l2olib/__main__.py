@@ -153,6 +153,12 @@ def run(args: argparse.Namespace) -> int:
             f"python -m l2olib list '{args.pattern}' --profile {args.profile} --runs"
         )
     first = ranks()[0] == 0
+    if first and (left_out := [e.id for e in entries if e not in there]):
+        print(
+            f"l2olib: left out, having no profile {args.profile}: "
+            + ", ".join(left_out),
+            file=sys.stderr,
+        )
     begun: list[Run] = []
 
     def say(text: str) -> None:
