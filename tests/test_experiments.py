@@ -518,6 +518,18 @@ def test_a_trained_optimizer_is_that_of_its_meta_training(toy_table):
     assert all(torch.equal(meta[k], expected[k]) for k in meta)
 
 
+def test_a_broken_entry_is_no_matter_of_other_weights(toy_table, monkeypatch):
+    """Those that it may make itself are not taken for somebody's own, unchecked."""
+    record_all("toy.train")
+    Record({}, {}, {}).save(experiments.runs.weights_path("other"))
+    entry = EXPERIMENTS["toy.fig"]
+    broken = replace(entry, build=partial(entry.build, steps=25))
+    monkeypatch.setitem(EXPERIMENTS, "toy.fig", broken)
+    assert experiments.trained("toy-lstm")[0] == LSTMOptimizer(hidden=3)
+    with pytest.raises(ExperimentError, match="toy.fig at laptop: steps must be"):
+        experiments.trained("other")
+
+
 def test_a_trained_star_keeps_its_settings_on_another_network():
     net = MLP((784, 20, 10))
     optimizer, meta = experiments.trained("mlp-star-0.5-0@best", net.layout)

@@ -226,22 +226,39 @@ def weights_path(name: str) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _meta_trainings(table: tuple[Experiment, ...]) -> dict[str, Run]:
-    """The runs of a table whose records are weights, by their names."""
-    return {
-        run.name: run
-        for entry in table
-        for profile in entry.profiles
-        if profile != "smoke"
-        for run in entry.runs(profile)
-        if isinstance(run.work, MetaWork)
-    }
+def _meta_trainings(
+    table: tuple[Experiment, ...],
+) -> tuple[dict[str, Run], list[ExperimentError]]:
+    """The runs of a table whose records are weights, by their names.
+
+    And why entries could not be built, which is no matter of the others.
+    """
+    made: dict[str, Run] = {}
+    broken = []
+    for entry in table:
+        for profile in entry.profiles:
+            if profile == "smoke":
+                continue
+            try:
+                runs = entry.runs(profile)
+            except ExperimentError as error:
+                broken.append(error)
+                continue
+            made |= {r.name: r for r in runs if isinstance(r.work, MetaWork)}
+    return made, broken
 
 
 def meta_training(name: str) -> Run | None:
-    """Return the run of the table whose record these weights are, if there is one."""
-    table = tuple(EXPERIMENTS.values())
-    return _meta_trainings(table).get(name.removesuffix(BEST))
+    """Return the run of the table whose record these weights are, if there is one.
+
+    Raises ExperimentError if none is found while there is an entry that cannot be
+    built: it may be that one's.
+    """
+    made, broken = _meta_trainings(tuple(EXPERIMENTS.values()))
+    run = made.get(name.removesuffix(BEST))
+    if run is None and broken:
+        raise broken[0]
+    return run
 
 
 def load_weights(name: str, current: bool = True) -> Record:
