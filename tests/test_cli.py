@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from problems import SRC, Clock, make_toy_data, make_toy_table  # noqa: F401
 
-from l2olib import data, experiments, records, train
+from l2olib import claims, data, experiments, records, train
 from l2olib.__main__ import duration, main
+from l2olib.claims import kinds
 from l2olib.records import Record
 
 
@@ -288,10 +289,24 @@ def test_a_profile_that_an_experiment_has_not(toy_table, cli):
     refused(cli("run", "star.fig3b"), "no profile laptop", "--profile paper")
 
 
-def test_a_folder_that_cannot_be_written(toy_table, cli):
-    (toy_table / "data").mkdir(exist_ok=True)
-    (toy_table / "data" / "records").write_text("a file in the place of the folder")
-    refused(cli("run", "toy.fig", "--only", "SGD/0"), "data/records")
+def test_what_a_glob_leaves_out_is_named(toy_table, cli, monkeypatch):
+    entry = replace(experiments.EXPERIMENTS["toy.fig"], id="toy.big")
+    big = replace(entry, profiles=("paper",))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy.big", big)
+    status, out, err = cli("run", "toy.*")
+    assert status == 0 and len(out) == 14
+    assert err == ["l2olib: left out, having no profile laptop: toy.big"]
+
+
+@pytest.mark.parametrize("folder", ["records/laptop", "scratch"])
+def test_a_folder_that_cannot_be_written(folder, toy_table, cli):
+    """It is found before the run is begun, whose work would be lost."""
+    place = toy_table / "data" / folder
+    place.parent.mkdir(parents=True)
+    place.write_text("a file in the place of the folder")
+    result = cli("run", "toy.fig", "--only", "SGD/0")
+    refused(result, f"data/{folder}", "SGD/0", "Not a directory")
+    assert result[1] == []
 
 
 def test_a_damaged_record_is_not_overwritten(toy_table, cli):
@@ -304,6 +319,32 @@ def test_a_damaged_record_is_not_overwritten(toy_table, cli):
     assert files(toy_table) == before
     assert cli("run", "toy.fig", "--redo", "--only", "LGL2O/0")[0] == 0
     assert run.state() == "done"
+
+
+def test_a_record_that_cannot_be_read_is_left_alone(toy_table, cli):
+    cli("run", "toy.*")
+    run = experiments.find("toy.fig")[0].runs("laptop")[2]
+    run.path.unlink()
+    run.path.mkdir()
+    refused(cli("run", "toy.fig"), "0.safetensors.gz cannot be read: Is a directory")
+    status, out, _ = cli("list", "toy.fig", "--runs")
+    assert status == 0 and "5/6" in out[0] and "unreadable" in out[3]
+
+
+def test_a_claim_on_a_damaged_record_is_judged_and_refused(toy_table, cli, monkeypatch):
+    """What else can be judged is; a record that is only stale is no failure."""
+    cli("run", "toy.*")
+    low = kinds.Lower("toy.fig", "SGD", "SGD", (0, 20))
+    row = claims.Claim("T1", "x", "s", "t", (low, replace(low, experiment="none")))
+    monkeypatch.setattr(claims, "LEDGER", (row,))
+    run = experiments.find("toy.fig")[0].runs("laptop")[4]
+    old, whole = Record.load(run.path), run.path.read_bytes()
+    run.path.write_bytes(whole[:-3])
+    result = cli("claims", "T1")
+    refused(result, "SGD/0.safetensors.gz is damaged")
+    assert len(result[1]) == 4 and "SGD/0.safetensors.gz is damaged" in result[1][2]
+    Record(old.config | {"version": 0}, old.arrays, old.provenance).save(run.path)
+    assert cli("claims", "T1")[0] == 0
 
 
 def test_damaged_weights(toy_table, cli):
@@ -344,6 +385,7 @@ def no_network(monkeypatch, tmp_path):
     entry = data._FILES["mnist"]
     fields = {"unpack": "mnist", "needs": entry.needs, "read": entry.read}
     monkeypatch.setitem(data._FILES, "mnist", data._Files(**fields, download=download))
+    (tmp_path / "raw").mkdir()
     monkeypatch.setenv("L2OLIB_DATA", str(tmp_path / "raw"))
     monkeypatch.setenv("L2OLIB_SHARED_DATA", str(tmp_path / "none"))
     loaded = dict(data._loaded)

@@ -478,6 +478,7 @@ def test_a_download_that_is_damaged_is_refused_with_advice(
         for file in data._WIKITEXT_FILES:
             (folder / "text" / "wikitext-2" / file).write_text("half of it")
 
+    (fresh / "from-env").mkdir()
     name = "wikitext-2-4096x32"
     broken = replace(data._FILES[name], download=download)
     monkeypatch.setitem(data._FILES, name, broken)
@@ -752,6 +753,7 @@ def test_the_full_tiny_imagenet_archive_gives_fifty_classes(tmp_path: Path) -> N
     "name", ["mnist", "fashion-mnist", "cifar10", data._TINY, "wikitext-2-4096x32"]
 )
 def test_missing_data_says_what_to_do(fresh: Path, name: str) -> None:
+    (fresh / "from-env").mkdir()
     with pytest.raises(DataError) as caught:
         data.load(name, download=False)
     said = str(caught.value)
@@ -763,6 +765,13 @@ def test_missing_data_says_what_to_do(fresh: Path, name: str) -> None:
     texts = dict.fromkeys(TEXTS, "descriptions-256x16")
     stand_in = (texts | {data._TINY: "digits64"}).get(name, "digits28")
     assert f"{stand_in!r}" in said and "\n" not in said
+
+
+def test_a_mistyped_data_folder_is_not_made(fresh: Path) -> None:
+    """Nor is the download begun that would fill it."""
+    with pytest.raises(DataError, match="no folder: create it, or unset L2OLIB_DATA"):
+        data.load("mnist")
+    assert not (fresh / "from-env").exists()
 
 
 def test_an_explicit_folder_is_the_only_one_looked_in(fresh: Path) -> None:

@@ -25,6 +25,7 @@ from l2olib.learned.sgd import LearnableSGD
 from l2olib.metatrain.evolution import (
     PES,
     BackPropagation,
+    Estimate,
     Evolution,
     EvolutionJob,
     clipped,
@@ -368,6 +369,14 @@ def small(**changes) -> Evolution:
     return replace(base, **changes)
 
 
+def test_no_two_episodes_share_their_start(toy_data):
+    job = EvolutionJob(small())
+    starts = [job.begin(n, k)[0] for n, k in itertools.product(range(3), range(3))]
+    assert len(torch.stack(starts).unique(dim=0)) == 9
+    first, second = job.start()["pairs"]["params"].unbind(1)
+    assert torch.equal(first, second) and torch.equal(first, torch.stack(starts[::3]))
+
+
 @pytest.mark.parametrize("horizon", [9, 3])
 def test_an_estimate_equals_a_plain_loop(toy_data, horizon):
     """Two truncations of every member alone, its own steps, sums and restarts.
@@ -494,6 +503,21 @@ def test_an_iteration_is_one_step_of_torch_adamw(toy_data):
     assert len(arrays["gradient.norm"]) == len(arrays["gradient.clipped"]) == 3
     assert arrays["snapshot_rollouts"].tolist() == [0, 1, 2, 3]
     assert len(arrays["training"]) == 3 and len(arrays["validation"]) == 2
+
+
+def test_entries_that_are_not_finite_count_as_clipped(toy_data, monkeypatch):
+    """And one at the bound does not, which is left as it is."""
+    job = EvolutionJob(small(clip=1.0))
+    state = job.start()
+    gradient = torch.zeros(1, len(state["meta"]))
+    gradient[0, :6] = torch.tensor(
+        [-1.0, -3.0, math.nan, math.nan, math.inf, -math.inf]
+    )
+    found = Estimate(gradient, torch.zeros(1, 4, 2), torch.ones(1, 4))
+    monkeypatch.setattr(job, "estimate", lambda *_: (found, state["pairs"]))
+    state = job.advance(state)
+    assert state["clipped"][0].item() == pytest.approx(5 / gradient.numel())
+    assert state["meta"].isfinite().all()
 
 
 def test_the_result_is_the_last_and_its_curve_cuts_losses_off(toy_data):

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -517,6 +518,18 @@ def test_a_trained_optimizer_is_that_of_its_meta_training(toy_table):
     assert all(torch.equal(meta[k], expected[k]) for k in meta)
 
 
+def test_a_broken_entry_is_no_matter_of_other_weights(toy_table, monkeypatch):
+    """Those that it may make itself are not taken for somebody's own, unchecked."""
+    record_all("toy.train")
+    Record({}, {}, {}).save(experiments.runs.weights_path("other"))
+    entry = EXPERIMENTS["toy.fig"]
+    broken = replace(entry, build=partial(entry.build, steps=25))
+    monkeypatch.setitem(EXPERIMENTS, "toy.fig", broken)
+    assert experiments.trained("toy-lstm")[0] == LSTMOptimizer(hidden=3)
+    with pytest.raises(ExperimentError, match="toy.fig at laptop: steps must be"):
+        experiments.trained("other")
+
+
 def test_a_trained_star_keeps_its_settings_on_another_network():
     net = MLP((784, 20, 10))
     optimizer, meta = experiments.trained("mlp-star-0.5-0@best", net.layout)
@@ -679,7 +692,7 @@ def test_record_mode_refuses_other_parameters(toy_table, options):
     (name,) = options
     message = f"made with other parameters: leave {name} at the default"
     with pytest.raises(ExperimentError, match=message):
-        results("toy.fig", "record", **options)
+        results("toy.fig", "record", **{"data": None, **options})  # None: not given
 
 
 def test_record_mode_takes_paper_only_when_it_is_whole(toy_table):
@@ -761,8 +774,20 @@ def test_evidence_remembers_only_tests_that_all_records_know(toy_table):
         )
     curves, known = experiments.evidence("toy.fig")
     assert set(curves) == {"L2O", "LGL2O", "SGD"} and known == {"B1": "same"}
-    with pytest.raises(claims.NotTestable):
+    with pytest.raises(claims.NotRecorded, match="is not in the table yet"):
         experiments.evidence("not.there")
+
+
+def test_an_entry_without_evidence_says_why(toy_table, monkeypatch):
+    """One that cannot be built is an error, not something that is yet to come."""
+    entry = EXPERIMENTS["toy.fig"]
+    broken = replace(entry, build=partial(entry.build, steps=25))
+    monkeypatch.setitem(EXPERIMENTS, "toy.fig", broken)
+    with pytest.raises(ExperimentError, match="toy.fig at paper: steps must be"):
+        experiments.evidence("toy.fig")
+    monkeypatch.setitem(EXPERIMENTS, "toy.fig", replace(entry, profiles=("smoke",)))
+    with pytest.raises(claims.NotTestable, match="toy.fig is only at profile smoke"):
+        experiments.evidence("toy.fig")
 
 
 def test_claims_are_judged_on_recorded_curves(toy_table):

@@ -10,7 +10,7 @@ from problems import PATHOLOGICAL, Step, make_toy_data, quadratic  # noqa: F401
 from l2olib.data import load
 from l2olib.guards import GL2O, ArithmeticAverage, Geometric, MovingAverage, RecentMax
 from l2olib.optimizees import MLP, Task
-from l2olib.optimizers import SGD, constant
+from l2olib.optimizers import SGD, PowerDecay, constant
 
 RULES = [
     Geometric(0.1),
@@ -91,10 +91,11 @@ def test_rejection_steps_from_the_current_point():
 def test_residual_with_and_without_the_learning_rate():
     task = quadratic([2.0], [3.0])
     start = task.optimizee.init(0).double()
-    for scaled, residual in [(True, 0.1 * 2 * 2.5), (False, 2 * 2.5)]:
-        guard = GL2O(Step(-0.5), SGD(constant(0.1)), scaled=scaled)
-        _, trace = run(guard, task, start, 1)
-        assert trace["residual"].item() == pytest.approx(residual)
+    late = SGD(PowerDecay(0.2, 1.0, 1.0))  # 0.1 at the first step
+    for scaled, rate in [(True, 0.1), (False, 1.0)]:
+        _, trace = run(GL2O(Step(-0.5), late, scaled=scaled), task, start, 1)
+        assert trace["residual"].item() == pytest.approx(rate * 2 * 2.5)
+        assert trace["bar"].item() == pytest.approx(rate * 2 * 3)
 
 
 def test_a_fresh_residual_is_taken_on_another_batch(toy_data):

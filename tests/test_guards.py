@@ -191,6 +191,7 @@ def test_x_stays_when_neither_side_is_finite(bad, validation):
     guard = LGL2O(Step(bad), Step(bad), n_t=2, validation=validation)
     x = start_of(task)
     state = guard.init(x)
+    state["proposal"] = state["fallback"] = {"count": torch.tensor(7)}
     idx = batches(task, 2, 8)
     state, trace = guard.segment(
         task, metas_of(guard), state, idx, held_out(task, guard, 1)
@@ -198,7 +199,7 @@ def test_x_stays_when_neither_side_is_finite(bad, validation):
     assert torch.equal(state["params"], x)
     assert not trace["use_l2o"].any()
     # The proposal starts afresh; the fallback goes back to where it was.
-    assert state["proposal"]["count"] == state["fallback"]["count"] == 0
+    assert (state["proposal"]["count"], state["fallback"]["count"]) == (0, 7)
     # The recorded loss is that of the iterate, which is finite.
     assert torch.equal(trace["loss"], task.loss(x, idx[0]).expand(2))
 
@@ -240,7 +241,8 @@ def test_a_finite_side_beats_one_that_is_not(proposal, fallback, use):
     assert state["params"].isfinite().all()
 
 
-def test_a_finite_loss_at_parameters_that_are_not_finite_does_not_win():
+@pytest.mark.parametrize("proposes", [True, False])
+def test_a_finite_loss_at_parameters_that_are_not_finite_does_not_win(proposes):
     """A coordinate that the loss does not see may be infinite without showing."""
     task = quadratic([1.0, 0.0], [1.0, 0.0])
     dead = replace(task.optimizee, hessian=((1.0,),), start=(1.0,))
@@ -252,12 +254,14 @@ def test_a_finite_loss_at_parameters_that_are_not_finite_does_not_win():
             return dead.losses(params[:1], (batch[0][:, :1], batch[1]))
 
     blind = replace(task, optimizee=Blind())
-    guard = LGL2O(Leap(0.0, (0.0, math.inf)), GD, n_t=1, validation="full")
+    sides = (Leap(0.0, (0.0, math.inf)), GD)
+    sides = sides if proposes else sides[::-1]
+    guard = LGL2O(*sides, n_t=1, validation="full")
     x = torch.tensor([1.0, 0.0], dtype=torch.float64)
     idx = torch.zeros(1, 1, dtype=torch.int64)
     state, trace = guard.segment(blind, metas_of(guard), guard.init(x), idx, None)
-    assert trace["valid_l2o"] < trace["valid_fallback"]
-    assert not trace["use_l2o"].any()
+    assert (trace["valid_l2o"] < trace["valid_fallback"]) == proposes
+    assert trace["use_l2o"].item() is not proposes
     assert state["params"].tolist() == [0.5, 0.0]
 
 
@@ -298,6 +302,32 @@ def test_a_fallback_state_that_is_not_finite_is_never_carried():
             task, metas_of(guard), state, idx, held_out(task, guard, 1)
         )
         assert state["fallback"]["hidden"]["count"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("proposal", "fallback", "scale", "tossed"),
+    [
+        (Step(0.1), GD, 1.0, [True, True]),
+        (Step(math.nan), GD, 1.0, [False, True]),
+        (Step(0.1), Step(math.nan), 1.0, [False, False]),
+        # No loss is finite where the guard stands: the shadow leads back.
+        (Step(0.1), GD, math.nan, [False, False]),
+    ],
+)
+def test_a_test_learns_nothing_beside_a_side_that_is_not_finite(
+    proposal, fallback, scale, tossed
+):
+    """Neither the guard's coin nor its shadow's is tossed where there is no choice."""
+    task = blobs()
+    guard = Shadow(proposal, fallback, n_t=2, n_c=2, test=Coin())
+    start = guard.init(start_of(task))
+    start["params"] = scale * start["params"]
+    state, _ = guard.segment(
+        task, metas_of(guard), start, batches(task, 2, 8), held_out(task, guard, 1)
+    )
+    assert state["params"].isfinite().all()
+    coins = [[s["test"]["toss"], s["shadow"]["test"]["toss"]] for s in (start, state)]
+    assert [bool(a != b) for a, b in zip(*coins, strict=True)] == tossed
 
 
 # ---- Algorithm 2, written again with plain loops -------------------------------------
@@ -459,6 +489,11 @@ def compare(guard: LGL2O, decisions: int = 8, per_segment: int = 2) -> list[bool
         assert torch.allclose(state["shadow"]["params"], plain.s, rtol=1e-9)
         assert int(torch.cat(found["use_shadow"]).sum()) == plain.returns
         assert 0 < plain.returns < decisions, "both outcomes must occur"
+    if isinstance(guard.test, Sequential):
+        for who, at in (("guard", state), ("shadow", state.get("shadow"))):
+            if at:
+                noise = at["test"]["noise"].item()
+                assert noise == pytest.approx(plain.noise[who], rel=1e-9)
     assert torch.allclose(state["params"], plain.x, rtol=1e-9, atol=1e-12)
     for role, expected in (("proposal", plain.h), ("fallback", plain.o)):
         assert state[role].keys() == expected.keys()
@@ -808,6 +843,24 @@ def test_a_clear_gain_passes_and_costs_few_batches():
     share, used = accepted(Sequential(3.0), -2.0, 1 / APART**2)
     assert share > 0.99
     assert used < 3
+
+
+@pytest.mark.parametrize(
+    ("differences", "favours", "used"),
+    [
+        ([-4.0, 0.0, 0.0, 0.0], True, 1),
+        ([-2.0, -2.0, 9.0, 0.0], True, 2),
+        ([-2.0, 1.0, 9.0, 0.0], False, 3),
+        ([0.0, -1.0, -1.0, -2.0], True, 4),
+        ([-1.0, -1.0, -1.0, 0.0], False, 4),
+    ],
+)
+def test_a_walk_ends_with_the_batch_that_takes_it_outside(differences, favours, used):
+    """One batch after the other, until their sum is not in [-3, 3]."""
+    one = torch.ones(()).double()
+    delta = torch.tensor(differences).double()[:, None].expand(-1, 2)
+    found, _, trace = Sequential(3.0)(delta, one, {"noise": one})
+    assert (found.item(), trace["batches_used"].item()) == (favours, used)
 
 
 # ---- counted work --------------------------------------------------------------------

@@ -183,6 +183,9 @@ def test_equals_the_plain_algorithms(method):
         for name, value in after.items():
             found = theta[name] + state["change"][name]
             assert torch.allclose(found, value, rtol=1e-9, atol=1e-11), name
+        weights = [(after[k] - theta[k]).flatten() for k in theta.keys() - LSTM.memory]
+        drift = torch.cat(weights).norm()
+        assert trace["drift"][-1].item() == pytest.approx(drift.item(), rel=1e-9)
         seen |= set(choices)
     assert len(seen) > 1
 
@@ -233,12 +236,21 @@ class Odd:
         return 0
 
 
+@dataclass(frozen=True)
+class Forgetful(Odd):
+    """Goes down the gradient, in steps of ``value``, with a memory that is NaN."""
+
+    def update(self, meta, grad, state, params, *, loss=None):
+        return meta["shift"] - self.value * grad, {"count": state["count"] * math.nan}
+
+
 PROPOSALS = {
     "nan": Odd(math.nan),
     "inf": Odd(math.inf),
     "huge": Odd(1e200),
     "zero": Odd(0.0),
     "drift": Odd(0.3),
+    "forgetful": Forgetful(0.5),
     "lstm": LSTM,
 }
 
@@ -328,10 +340,11 @@ def test_nothing_finite_leaves_all_as_it_is(kind):
     assert all(v.eq(0).all() for v in after["change"].values())
 
 
-def test_of_an_unroll_that_stands_still_gradient_descent_with_rejection_is_left():
-    """AMG over a proposal that does nothing (card, D6)."""
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_of_an_idle_or_broken_unroll_gradient_descent_with_rejection_is_left(value):
+    """AMG over a proposal that does nothing (card, D6), or nothing finite."""
     task = blobs()
-    guard = AMG(Odd(0.0), 3, 0.5, 0.0, validation="full")
+    guard = AMG(Odd(value), 3, 0.5, 0.0, validation="full")
     everything = torch.arange(task.items)
     for before, after, _ in run(guard, task):
         x = before["params"]
@@ -491,6 +504,38 @@ def test_stated_cost_equals_counted_cost(method):
     assert counted.optimizee.gradients == pytest.approx(cost.gradients * batch * steps)
     assert counted.optimizee.forwards == pytest.approx(cost.forwards * batch * steps)
     assert counter.get_total_flops() == pytest.approx(cost.flops * steps, rel=0.02)
+
+
+class Deep(Counted):
+    """Notice the furthest point, of one coordinate, at which a loss was asked for."""
+
+    furthest = 0.0
+
+    def losses(self, params, batch):
+        point = params
+        while torch._C._functorch.is_gradtrackingtensor(point):
+            point = torch._C._functorch.get_unwrapped(point)
+        self.furthest = max(self.furthest, point.item())
+        return super().losses(params, batch)
+
+
+@pytest.mark.parametrize("kind", [SMG, AMG, Adapted])
+def test_stated_depth_is_that_of_the_longest_chain_of_passes(kind):
+    """On -x^2 / 2 from 1 a loss at x is the x-th pass in its chain: the unroll's steps
+    are 1, the fallback goes from 1 to 1 + x for the gradient at x."""
+    task = quadratic([-1.0], [1.0])
+    guard = kind(Odd(1.0), 3, 1.0, 0.0, n_c=2)
+    counted = replace(task, optimizee=Deep(task.optimizee))
+    metas = {"proposal": guard.proposal.init_meta(0)}
+    guard.segment(
+        counted,
+        metas,
+        guard.init(start_of(task)),
+        batches(task, 3, 4),
+        held_out(task, guard, 1),
+    )
+    depth = guard.cost(task.optimizee, 4, task.items).depth
+    assert counted.optimizee.furthest == pytest.approx(3 * depth)
 
 
 def test_amg_is_cheaper_than_smg_at_the_papers_setting():

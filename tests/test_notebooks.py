@@ -306,6 +306,25 @@ def test_chapter_passes_typed_parameters(book: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_a_long_value_has_a_short_file(book: Path) -> None:
+    """Results of two long values stand side by side all the same."""
+    nbformat.write(demo("print(len(seeds))"), book / "demo.ipynb")
+    for end in "ab":
+        output = notebooks.run_chapter("demo", "smoke", {"seeds": "x" * 299 + end})
+        assert text_of(nbformat.read(output, as_version=4).cells[-1]) == ["300\n"]
+    assert len(list(output.parent.iterdir())) == 2
+
+
+def test_a_result_that_cannot_be_written_is_named(
+    book: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nbformat.write(demo(), book / "demo.ipynb")
+    notebooks.SCRATCH.write_text("a file in the place of the folder")
+    assert notebooks.main(["chapter", "demo"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "scratch/demo-smoke.ipynb cannot be written: File exists; make its" in said
+
+
 def test_parameters_are_read_as_python_values() -> None:
     """Literals keep their type; anything else is a string."""
     read = notebooks.parse_parameters(
@@ -338,6 +357,15 @@ def test_parameters_are_read_as_python_values() -> None:
             ["chapter", "demo", "--params", "seeds='3"],
             """"seeds='3" cannot be read (No closing quotation): write name=value, """
             "quotes in pairs.",
+        ),
+        (
+            ["chapter", "demo", "--params", "seeds=3 seeds=4"],
+            "seeds is given twice: leave one of them out.",
+        ),
+        (
+            ["chapter", "demo", "--params", "profile=laptop"],
+            "profile is not for PARAMS or --params: write PROFILE=laptop or --profile "
+            "laptop.",
         ),
         (["chapter", "demo"], "demo failed: KeyError: 'no'"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from l2olib.learned.lstm import LSTMOptimizer
 from l2olib.optimizers import (
     SGD,
     Adam,
+    AdamW,
     CosineDecay,
     Held,
+    NAdamW,
     PowerDecay,
     StoppedClock,
     constant,
@@ -120,14 +123,15 @@ def test_the_clock_starts_at_one():
     assert delta.tolist() == [-0.5, -0.5]
 
 
-def test_adam_with_two_clocks():
+@pytest.mark.parametrize("kind", [Adam, AdamW, partial(NAdamW, nesterov=False)])
+def test_adam_with_two_clocks(kind):
     """`step` is the schedule's clock alone, `count` the bias correction's alone."""
-    optimizer = Adam(PowerDecay(1.0, tau=1.0, power=1.0), beta1=0.5, beta2=0.5, eps=0.0)
+    optimizer = kind(PowerDecay(1.0, tau=1.0, power=1.0), beta1=0.5, beta2=0.5, eps=0.0)
     x = torch.zeros(1, dtype=torch.float64)
     state = optimizer.init(x) | {"step": torch.tensor(3)}
     delta, state = optimizer.update({}, torch.ones_like(x), state, x)
     # Bias correction at count 1 makes the direction exactly 1; the rate is lr(4).
-    assert delta.item() == -1 / 5
+    assert delta.item() == pytest.approx(-1 / 5, rel=1e-15)
     assert (state["step"].item(), state["count"].item()) == (4, 1)
 
 

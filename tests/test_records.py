@@ -217,6 +217,24 @@ def test_a_truncated_file_is_refused_by_name(saved, keep):
     assert saved.read_bytes() == damaged, "it must stay for whoever wants to look"
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(saved, monkeypatch):
+    """What the system withholds may be good: nobody is told to delete it."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    below = saved / "below.safetensors"  # a file where its folder should be
+    for path, why in ((saved.parent, "Is a directory"), (below, "Not a directory")):
+        with pytest.raises(records.Unreadable, match=f"cannot be read: {why}; check"):
+            Record.load(path)
+    monkeypatch.setattr(type(saved), "read_bytes", refuse)
+    with pytest.raises(RecordError) as refusal:
+        Record.load(saved)
+    said = str(refusal.value)
+    assert f"{saved.name} cannot be read: Permission denied; check its perm" in said
+    assert "damaged" not in said and "delete" not in said
+
+
 def test_a_flipped_bit_never_changes_what_is_read(saved):
     """Anywhere in the file: refused by name, or (in the provenance) no content lost."""
     whole = saved.read_bytes()
@@ -239,6 +257,20 @@ def test_a_flipped_bit_never_changes_what_is_read(saved):
             assert place < header, "every bit of the arrays is covered"
             assert same(record.arrays, arrays()) and record.config == CONFIG
     assert refused > 0.7 * len(places)
+
+
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+@pytest.mark.parametrize("part", ["config", "provenance"])
+def test_a_number_that_json_has_not_is_damage(part, number, tmp_path):
+    path = tmp_path / "run.safetensors"
+    record = {"config": CONFIG, "provenance": FACTS, "digest": "0"}
+    wrong = record | {part: {"lr": number}}
+    with pytest.raises(ValueError, match="JSON"):
+        records.write(path, {}, wrong)
+    text = {k: json.dumps(v) for k, v in wrong.items()}
+    path.write_bytes(records.to_bytes({}, metadata=text))
+    with pytest.raises(RecordError, match="run.safetensors is damaged"):
+        Record.load(path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -273,10 +305,27 @@ def test_writing_is_atomic(saved, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(records.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    why = f"{saved.name} cannot be written: no space.*; make its folder writable or"
+    with pytest.raises(RecordError, match=why):
         Record(CONFIG, {"loss": torch.zeros(9)}, FACTS).save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "deep" / "run.safetensors.gz"
+    records.check_writable(path)
+    assert not list(tmp_path.iterdir()), "asking leaves nothing behind"
+    with pytest.raises(RecordError, match="a folder has this name"):
+        records.check_writable(tmp_path)
+
+    def refuse(dir):
+        assert dir == tmp_path
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(records.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(RecordError, match=r"gz cannot be written: Permission denied"):
+        records.check_writable(path)
 
 
 # ---- provenance ----------------------------------------------------------------------

@@ -735,6 +735,8 @@ def test_summaries_of_a_ramp():
     late = steps >= 300
     assert torch.equal(found["smooth"][0, late], (2 * steps[late] - 99) / 2.0)
     assert torch.equal(found["smooth"][0, ~late], steps[~late].float())
+    for last, smooth in ((299, 299.0), (300, 250.5)):
+        assert summarize(loss[:, :last])["smooth"][0, -1] == smooth
 
 
 def test_bins_partition_the_run():

@@ -11,6 +11,7 @@ file and a difference in git is a difference in content.
 import argparse
 import ast
 import atexit
+import hashlib
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 SCRATCH = ROOT / "_build" / "chapters"
+LONGEST = 200  # characters of a result's name: file systems allow 255
 
 
 class NotebookError(Exception):
@@ -185,6 +187,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not (name.isidentifier() and equals):
             raise NotebookError(f"{word!r} is not a parameter: write name=value.")
+        if name in parameters:
+            raise NotebookError(f"{name} is given twice: leave one of them out.")
         try:
             parameters[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
@@ -196,11 +200,17 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
     """Rerun one chapter with papermill and return where the result is.
 
     Papermill lets unknown names pass with a warning, so they are refused here. Raises
-    NotebookError for these and for a chapter that fails.
+    NotebookError for these, for a chapter that fails and a result that cannot be
+    written.
     """
     import papermill
 
     [path] = find([name])
+    if "profile" in parameters:  # it may mean hours, so it has one place
+        raise NotebookError(
+            "profile is not for PARAMS or --params: write "
+            f"PROFILE={parameters['profile']} or --profile {parameters['profile']}."
+        )
     known = papermill.inspect_notebook(path)
     parameters = {"profile": profile, **parameters}
     for each in parameters:
@@ -210,10 +220,13 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
             )
     given = [f"{k}={v}" for k, v in parameters.items() if k != "profile"]
     named = "-".join([path.stem, str(parameters["profile"]), *given])
-    output = SCRATCH / f"{re.sub(r'[^-=.,a-zA-Z0-9]+', '_', named)}.ipynb"
+    stem = re.sub(r"[^-=.,a-zA-Z0-9]+", "_", named)
+    if len(stem) > LONGEST:  # what is cut off still tells two runs apart
+        stem = f"{stem[:LONGEST]}-{hashlib.sha256(named.encode()).hexdigest()[:8]}"
+    output = SCRATCH / f"{stem}.ipynb"
     partly = output.with_suffix(".part.ipynb")  # a failure leaves an earlier result
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             path,
             partly,
@@ -222,12 +235,17 @@ def run_chapter(name: str, profile: str, parameters: dict[str, Any]) -> Path:
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
         )
+        return partly.replace(output)
     except papermill.PapermillExecutionError as error:
         raise NotebookError(
             f"{path.stem} failed: {error.ename}: {error.evalue} (what ran is in "
             f"{os.path.relpath(partly)})"
         ) from None
-    return partly.replace(output)
+    except OSError as error:
+        raise NotebookError(
+            f"{os.path.relpath(output)} cannot be written: {error.strerror or error}; "
+            "make its folder writable or make room there."
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import claims, data, experiments
 from .data import DataError
 from .experiments import ExperimentError, Run
-from .records import Record, RecordError, elapsed
+from .records import Record, RecordError, Stale, check_writable, elapsed
 from .train import Unfinished, agreed, ranks
 
 
@@ -153,6 +153,12 @@ def run(args: argparse.Namespace) -> int:
             f"python -m l2olib list '{args.pattern}' --profile {args.profile} --runs"
         )
     first = ranks()[0] == 0
+    if first and (left_out := [e.id for e in entries if e not in there]):
+        print(
+            f"l2olib: left out, having no profile {args.profile}: "
+            + ", ".join(left_out),
+            file=sys.stderr,
+        )
     begun: list[Run] = []
 
     def say(text: str) -> None:
@@ -170,10 +176,12 @@ def run(args: argparse.Namespace) -> int:
         if state.startswith("needs "):
             return False
         if not args.redo:
-            if state == "damaged":
+            if state in ("damaged", "unreadable"):
                 item.load()  # raises: it is not for us to overwrite it unasked
             if state == "done":
                 return True
+        for path in (item.path, item.checkpoint):  # not after hours
+            check_writable(path)
         begun.append(item)
         say(f"{item.experiment} {item.name} ({item.profile})")
         if state == "stale":
@@ -225,13 +233,22 @@ def execute(item: Run, args: argparse.Namespace, left: float | None) -> Record:
 
 
 def claims_(args: argparse.Namespace) -> int:
-    """Print the verdict of every claim whose id matches."""
+    """Print the verdict of every claim whose id matches.
+
+    Raises RecordError after that, if a record that they read is damaged or unreadable.
+    """
+    bad: RecordError | None = None
     for verdict in claims.report(args.pattern):
         print(f"{verdict.claim.id:4} {verdict.verdict:18} {verdict.claim.statement}")
         print(f"       {verdict.tally}")
         for test, outcome in verdict.findings:
             mark = getattr(outcome, "mark", "?")
             print(f"       {mark} {verdict.claim.name(test)}: {outcome}")
+            why = getattr(outcome, "__cause__", None)
+            if isinstance(why, RecordError) and not isinstance(why, Stale):
+                bad = why
+    if bad is not None:
+        raise bad
     return 0
 
 

@@ -621,7 +621,8 @@ def load(
 
     Files are looked for in `root` alone if given, else in `L2OLIB_DATA`, then in the
     repository's `data/raw`; with `download` what is missing is fetched (see `fetch`).
-    Raises DataError for an unknown name and for missing or damaged files.
+    Raises DataError for an unknown name, for missing or damaged files, and if there is
+    no folder `L2OLIB_DATA` (only `fetch` makes it).
     """
     if name not in names():
         raise DataError(
@@ -646,6 +647,12 @@ def _read(
 ) -> tuple[Split, Split, int]:
     source = _FILES[name]
     folders = _folders(root)
+    if root is None and os.environ.get("L2OLIB_DATA") and not folders[0].is_dir():
+        # A mistyped name would else be made and filled by a download.
+        raise DataError(
+            f"L2OLIB_DATA is {folders[0]}, where there is no folder: create it, or "
+            "unset L2OLIB_DATA"
+        )
     reason = "downloading was not allowed"
     try:
         for folder in folders:

@@ -289,7 +289,7 @@ class _MetaGuard(ABC):
         return Cost(
             gradients=(gradients + probe / batch) / t,
             forwards=(judging / batch + t - 1) / t,
-            depth=(t * (1 + bool(unrolls)) + 2) / t,
+            depth=(t * (1 + bool(unrolls)) + 1 + bool(judged)) / t,
             flops=(
                 (gradients + 2 * t * again) * optimizee.flops(batch, gradient=True)
                 + optimizee.flops(probe, gradient=True)

@@ -18,9 +18,11 @@ import os
 import platform
 import resource
 import subprocess
+import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,26 @@ SUFFIX = ".safetensors.gz"
 class RecordError(Exception):
     """A record that cannot be used; the message says why and what to do."""
 
+    state = "damaged"
+    """What a run is called whose record raises it."""
+
 
 class Missing(RecordError):
     """There is no such record."""
 
+    state = "missing"
+
 
 class Stale(RecordError):
     """The record belongs to another configuration."""
+
+    state = "stale"
+
+
+class Unreadable(RecordError):
+    """The system does not give the file out; its content may be good."""
+
+    state = "unreadable"
 
 
 # ---- what determines a result: objects -> plain JSON ---------------------------------
@@ -144,43 +159,83 @@ def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
 # ---- files ---------------------------------------------------------------------------
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say of an error of the system which file could not be written, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{short(path)} cannot be written: {error.strerror or error}; make its "
+            "folder writable or make room there, and give the same command again"
+        ) from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise RecordError if :func:`write` would not get as far as the first byte.
+
+    Nothing is left behind, not even the folders that ``write`` makes.
+    """
+    with _writing(path):
+        if path.is_dir():
+            raise OSError("a folder has this name")
+        there = next(folder for folder in path.parents if folder.exists())
+        tempfile.TemporaryFile(dir=there).close()
+
+
 def write(
     path: Path, arrays: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
     """Write arrays and JSON metadata to ``path`` in one atomic step.
 
-    A safetensors file, compressed if the name ends in ``.gz``.
+    A safetensors file, compressed if the name ends in ``.gz``. RecordError, which names
+    it, if the system refuses; an earlier file is then as it was.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
-    text = {k: json.dumps(v, sort_keys=True) for k, v in metadata.items()}
+    text = {k: json.dumps(v, sort_keys=True, allow_nan=False)
+            for k, v in metadata.items()}  # fmt: skip
     content = to_bytes(tensors, metadata=text)
     if path.suffix == ".gz":
         content = gzip.compress(content, mtime=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read(path: Path, device: str = "cpu") -> tuple[Arrays, dict[str, Any]]:
     """Read what :func:`write` wrote; a file that is not whole is a RecordError."""
     try:
         content = path.read_bytes()
+    except FileNotFoundError:
+        raise Missing(f"{short(path)} does not exist") from None
+    except OSError as error:  # says nothing about the content, so: keep the file
+        raise Unreadable(
+            f"{short(path)} cannot be read: {error.strerror or error}; check its "
+            "permissions and those of its folders"
+        ) from None
+    try:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         arrays = {k: v.to(device) for k, v in from_bytes(content).items()}
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         text = header.get("__metadata__", {})
-        return arrays, {k: json.loads(v) for k, v in text.items()}
-    except FileNotFoundError:
-        raise Missing(f"{short(path)} does not exist") from None
-    except (SafetensorError, ValueError, OSError, EOFError, zlib.error) as error:
+        # JSON has no NaN, and write none: int refuses what Python reads beyond JSON.
+        return arrays, {k: json.loads(v, parse_constant=int) for k, v in text.items()}
+    except (
+        SafetensorError,
+        ValueError,
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+    ) as error:
         raise RecordError(
             f"{short(path)} is damaged ({error}): delete it and run the experiment "
             "again, or restore it, if git has it"

@@ -106,25 +106,22 @@ class Run:
         return Record.load(self.path, self.config)
 
     def state(self) -> str:
-        """``done``, ``missing``, ``stale``, ``damaged`` or ``needs ...``.
+        """``done``, ``missing``, ``stale``, ``damaged``, ``unreadable``, ``needs ...``.
 
         Stale: of another configuration. Weights or a search that the run reads are
-        needed if they are missing or stale; if damaged, the run counts as damaged.
+        needed if they are missing or stale; if they are damaged or unreadable, so is
+        the run.
         """
         try:
             config = self.config
         except (records.Missing, records.Stale):
             return "needs " + ", ".join(sorted(self.needs()))
-        except RecordError:
-            return "damaged"
+        except RecordError as error:
+            return error.state
         try:
             Record.load(self.path, config)
-        except records.Missing:
-            return "missing"
-        except records.Stale:
-            return "stale"
-        except RecordError:
-            return "damaged"
+        except RecordError as error:
+            return error.state
         return "done"
 
     def needs(self) -> dict[str, str]:
@@ -229,22 +226,39 @@ def weights_path(name: str) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _meta_trainings(table: tuple[Experiment, ...]) -> dict[str, Run]:
-    """The runs of a table whose records are weights, by their names."""
-    return {
-        run.name: run
-        for entry in table
-        for profile in entry.profiles
-        if profile != "smoke"
-        for run in entry.runs(profile)
-        if isinstance(run.work, MetaWork)
-    }
+def _meta_trainings(
+    table: tuple[Experiment, ...],
+) -> tuple[dict[str, Run], list[ExperimentError]]:
+    """The runs of a table whose records are weights, by their names.
+
+    And why entries could not be built, which is no matter of the others.
+    """
+    made: dict[str, Run] = {}
+    broken = []
+    for entry in table:
+        for profile in entry.profiles:
+            if profile == "smoke":
+                continue
+            try:
+                runs = entry.runs(profile)
+            except ExperimentError as error:
+                broken.append(error)
+                continue
+            made |= {r.name: r for r in runs if isinstance(r.work, MetaWork)}
+    return made, broken
 
 
 def meta_training(name: str) -> Run | None:
-    """Return the run of the table whose record these weights are, if there is one."""
-    table = tuple(EXPERIMENTS.values())
-    return _meta_trainings(table).get(name.removesuffix(BEST))
+    """Return the run of the table whose record these weights are, if there is one.
+
+    Raises ExperimentError if none is found while there is an entry that cannot be
+    built: it may be that one's.
+    """
+    made, broken = _meta_trainings(tuple(EXPERIMENTS.values()))
+    run = made.get(name.removesuffix(BEST))
+    if run is None and broken:
+        raise broken[0]
+    return run
 
 
 def load_weights(name: str, current: bool = True) -> Record:
@@ -426,9 +440,10 @@ def results(
     candidate = _recorded(entry)
     runs = entry.runs(candidate)
     if [r.work for r in entry.runs(candidate, **options)] != [r.work for r in runs]:
+        given = [name for name, value in options.items() if value is not None]
         raise ExperimentError(
             f"the records of {experiment} were made with other parameters: leave "
-            f"{', '.join(options)} at the default, or recompute with profile smoke, "
+            f"{', '.join(given)} at the default, or recompute with profile smoke, "
             "laptop or paper"
         )
     runs = [r for r in runs if not only or r.label in only]
@@ -576,14 +591,17 @@ SHARED = ("steps", "marks", "decisions", "rollouts")
 
 def evidence(experiment: str) -> tuple[claims.Curves, dict[str, str]]:
     """What a claim is judged on: curves of committed records, tests known when made."""
+    if experiment not in EXPERIMENTS:
+        raise claims.NotRecorded(f"{experiment} is not in the table yet")
+    profiles = EXPERIMENTS[experiment].profiles
+    if not {"laptop", "paper"} & {*profiles}:
+        raise claims.NotTestable(f"{experiment} is only at profile {profiles[0]}")
     try:
         found = results(experiment, "record")
-    except ExperimentError:
-        raise claims.NotRecorded(f"{experiment} is not in the table yet") from None
     except records.Missing:
         raise claims.NotRecorded(f"{experiment} is not recorded in full") from None
     except RecordError as why:
-        raise claims.NotTestable(str(why)) from None
+        raise claims.NotTestable(str(why)) from why
     known = [r.provenance["claims"] for _, r in found]
     return curves(found), {k: v for k, v in known[0].items() if all(
         other.get(k) == v for other in known)}  # fmt: skip
