@@ -22,7 +22,7 @@ from .lgl2o import (
     lgl2o_methods,
     settings,
 )
-from .meta_guard import META_TRAINED, PANELS, meta_guard_methods
+from .meta_guard import meta_guard_methods
 from .runs import (
     EXPERIMENTS,
     PROFILES,
@@ -65,8 +65,6 @@ __all__ = [
     "INTERVENTIONS",
     "L2O",
     "LADDERS",
-    "META_TRAINED",
-    "PANELS",
     "PROFILES",
     "RULES",
     "SMALL_MLP",
