@@ -159,7 +159,11 @@ def test_a_final_resumes_and_counts_its_steps(toy_data, tmp_path: Path, monkeypa
     for _ in range(100):
         try:
             found, _ = drive(
-                job(), checkpoint=tmp_path / "c", time_limit=4.0, save_every=0.0
+                job(),
+                key="k",
+                checkpoint=tmp_path / "c",
+                time_limit=4.0,
+                save_every=0.0,
             )
             break
         except Unfinished:
@@ -184,7 +188,9 @@ def test_a_tuning_resumes_to_the_same_scores(toy_data, tmp_path: Path, monkeypat
     pieces = 0
     while True:
         try:
-            found = scores_of(work, checkpoint=path, time_limit=4.0, save_every=0.0)
+            found = scores_of(
+                work, key="k", checkpoint=path, time_limit=4.0, save_every=0.0
+            )
             break
         except Unfinished:
             pieces += 1
