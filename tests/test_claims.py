@@ -346,6 +346,24 @@ def test_switching():
     final = shares(0.9, 0.5)
     final["use_l2o"][:, -100:] = 0
     assert not test({"G": final}).passed, "for good is not a drift"
+    seldom = kinds.Seldom("f", "G")
+    assert seldom({"G": final}).passed and not seldom({"G": shares(0.0, 0.5)}).passed
+    final["use_l2o"][:, -100:-80] = 1  # a fifth of the last tenth
+    assert not seldom({"G": final}).passed
+    assert kinds.Seldom("f", "G", 0.3)({"G": final}).passed
+
+
+def test_keeps_lower_at_nearly_all_points():
+    def kept(higher: int):
+        """Six seeds, twenty marks; at so many of them the other keeps a lower loss."""
+        ours = torch.ones(6, 20)
+        ours[:, :higher] = 2.0
+        return {"A": {"kept": ours, "kept.B": torch.full((6, 20), 1.5)}}
+
+    test = kinds.KeepsLower("f", "A", "B")
+    assert test(kept(1)).passed and not test(kept(2)).passed
+    assert "at 95% of 20 points" in test(kept(1)).measured
+    assert kinds.KeepsLower("f", "A", "B", 0.5)(kept(9)).passed
 
 
 def test_more_switching():

@@ -400,20 +400,24 @@ def test_replicas_do_not_see_each_other(method):
         assert torch.equal(traces["choice"][k], trace["choice"])
 
 
-def test_a_training_resumes(tmp_path):
-    work = Training(
+def digits(method: Any, **changes: Any) -> Training:
+    """A training of two seeds for twenty steps."""
+    base = Training(
         MLP((64, 6, 10)),
         "digits",
-        AMG(LSTM, 5, n_c=2),
+        method,
         steps=20,
         seeds=(0, 1),
         replicas=2,
         batch=16,
         segment=10,
-        evaluations=2,
-        audit_every=1,
         weights={"proposal": "none"},
     )
+    return replace(base, **changes)
+
+
+def test_a_training_resumes(tmp_path):
+    work = digits(AMG(LSTM, 5, n_c=2), evaluations=2, audit_every=1)
     metas = {"proposal": LSTM.init_meta(0)}
     arrays = expect_resumable(work, tmp_path / "state", metas)
     assert arrays["choice"].shape == (2, 4)
@@ -423,19 +427,7 @@ def test_a_training_resumes(tmp_path):
 def test_a_comparison_says_what_the_next_decision_keeps():
     """Of the method itself: where its own run is ten steps later, theta adapted."""
     method, sgd = SMG(LSTM, n_c=2, lr=0.5), SGD(constant(0.5))
-    lgl2o = LGL2O(Restarted(LSTM), sgd, n_c=2)
-    work = Training(
-        MLP((64, 6, 10)),
-        "digits",
-        method,
-        steps=20,
-        seeds=(0, 1),
-        replicas=2,
-        batch=16,
-        segment=10,
-        evaluations=20,
-        weights={"proposal": "none"},
-    )
+    lgl2o, work = LGL2O(Restarted(LSTM), sgd, n_c=2), digits(method)
     metas = {"proposal": {k: v.float() for k, v in theta_of(LSTM).items()}}
     others = {"LGL2O": lgl2o, "AMG": AMG(LSTM, n_c=2, lr=0.5), "SMG": method}
     compared = Compared.of(work, others=others)
@@ -470,9 +462,7 @@ def test_a_comparison_says_what_the_next_decision_keeps():
     ],
 )
 def test_only_like_guards_are_compared(other, why):
-    work = Training(
-        MLP((64, 6, 10)), "digits", AMG(LSTM), steps=20, seeds=(0,), segment=10
-    )
+    work = digits(AMG(LSTM))
     with pytest.raises(ValueError, match=why):
         Compared.of(work, others={"other": other})
 

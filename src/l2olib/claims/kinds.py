@@ -340,6 +340,15 @@ class Later(_OfOne):
         )
 
 
+def _tenths(arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """Shares of decisions won by the proposal, ``[R]``: in a run's first tenth, and in
+    its last."""
+    last = int(arrays["decisions"][-1])
+    first, final = (0, last // 10), (last - last // 10, last)
+    early = window_mean(arrays, first, "use_l2o", "decisions")
+    return early, window_mean(arrays, final, "use_l2o", "decisions")
+
+
 @dataclass(frozen=True)
 class Switching(_OfOne):
     """The guard's choice drifts from the proposal to the fallback, but not for good.
@@ -350,12 +359,7 @@ class Switching(_OfOne):
     """
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = self.arrays(curves)
-        last = int(arrays["decisions"][-1])
-        early, late = (
-            window_mean(arrays, window, "use_l2o", "decisions")
-            for window in ((0, last // 10), (last - last // 10, last))
-        )
+        early, late = _tenths(self.arrays(curves))
         found = _below_zero(
             late - early, f"share {early.mean():.3g}, then {late.mean():.3g}"
         )
@@ -377,10 +381,7 @@ class Seldom(_OfOne):
     share: float = 0.1
 
     def __call__(self, curves: Curves) -> Outcome:
-        arrays = self.arrays(curves)
-        last = int(arrays["decisions"][-1])
-        window = (last - last // 10, last)
-        late = window_mean(arrays, window, "use_l2o", "decisions")
+        _, late = _tenths(self.arrays(curves))
         return _below_zero(late - self.share, f"{late.mean():.1%} of them")
 
     def __str__(self) -> str:

@@ -18,31 +18,30 @@ from .runs import Experiment, trainings
 LSTM = LSTMOptimizer(learned_start=True)
 """The L2O of the Meta Guard chapter: its memory has a learned beginning."""
 
-RATE = 3.0
-"""Step size of the fallback, and of SGD alone (App. B)."""
+SGD_3 = SGD(constant(3.0))
+"""The paper's fallback (App. B); its step size is the meta guards' default."""
 
 
-def meta_guard_methods(lr: float = RATE) -> dict[str, Any]:
+def meta_guard_methods() -> dict[str, Any]:
     """The methods of Meta Guard's Fig. 1 by their names in the book, then ours.
 
-    ``lr``: of the fallback, constant. LGL2O's two variants differ in the memory that
-    an unroll of ten steps begins with: the mean over coordinates of where the last one
-    ended ("with update"), or the meta-trained one. Ours are AMG with the plain gradient
-    step among its candidates (Theorem R), the guard without adaptation, adaptation
-    without a guard, and the L2O for as long as it is said to lead, then SGD.
+    LGL2O's two variants differ in the memory that an unroll of ten steps begins with:
+    the mean over coordinates of where the last one ended ("with update"), or the
+    meta-trained one. Ours are AMG with the plain gradient step among its candidates
+    (Theorem R), the guard without adaptation, adaptation without a guard, and the L2O
+    for as long as it is said to lead, then SGD.
     """
-    sgd = SGD(constant(lr))
     return {
-        "SGD": Alone(sgd),
+        "SGD": Alone(SGD_3),
         "L2O": Alone(LSTM),
-        "LGL2O with update": LGL2O(Restarted(LSTM, average=True), sgd),
-        "LGL2O without update": LGL2O(Restarted(LSTM), sgd),
-        "SMG": SMG(LSTM, lr=lr),
-        "AMG": AMG(LSTM, lr=lr),
-        "AMG plain": AMG(LSTM, lr=lr, plain=True),
-        "AMG frozen": AMG(LSTM, lr=lr, meta_lr=0.0),
-        "Adapted": Adapted(LSTM, lr=lr),
-        "L2O, then SGD": Switch(LSTM, sgd, 200),
+        "LGL2O with update": LGL2O(Restarted(LSTM, average=True), SGD_3),
+        "LGL2O without update": LGL2O(Restarted(LSTM), SGD_3),
+        "SMG": SMG(LSTM),
+        "AMG": AMG(LSTM),
+        "AMG plain": AMG(LSTM, plain=True),
+        "AMG frozen": AMG(LSTM, meta_lr=0.0),
+        "Adapted": Adapted(LSTM),
+        "L2O, then SGD": Switch(LSTM, SGD_3, 200),
     }
 
 
